@@ -5,22 +5,23 @@ names no token that is still being drawn: tokens live in the device's history, o
 inputs there and writes what it draws there. A row's tokens, block table and sampling record reach the device once, as
 a Load, when a sequence takes the row; afterwards a row brings at most one new block a step.
 
-    rows     int32 [rows, 5]   ROW, START, COUNT, BLOCK, POINTS
+    rows     int32 [rows, 6]   ROW, START, COUNT, BLOCK, SCORE, DRAW
     ROW      the line of history, table and parameters
     START    position of the first token computed, COUNT how many
     BLOCK    nonzero: the block that holds position START + COUNT - 1, new in the table
-    POINTS   logits wanted: 0 in the middle of a prompt; 1 draws the token after the last one; SCORE + k scores the k
-             prompt tokens that follow, without drawing (SCORE + k, DRAW both: the last of them draws)
+    SCORE    prompt tokens to score: points at tokens before the last, each judging the prompt token that follows it
+    DRAW     1: a point at the last token, whose draw goes into the history at START + COUNT
+    A row's points are its last SCORE + DRAW tokens, in order.
 
 Source: the plan of DESIGN.md ("One token-accounting rule").
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-ROW, START, COUNT, BLOCK, POINTS = range(5)
-DRAW = 1 << 30  # flag in POINTS: the last point draws a token into the history
+ROW, START, COUNT, BLOCK, SCORE, DRAW = range(6)
+TOP = 20  # most probable tokens a step can report for a point
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,7 @@ class Draw:
             self.logprobs < 0
             and not self.logit_bias
             and self.masked_until <= self.prompt_length
-            and (
-                self.repetition_penalty == 1.0 and self.frequency_penalty == 0.0 and self.presence_penalty == 0.0
-            )
+            and (self.repetition_penalty == 1.0 and self.frequency_penalty == 0.0 and self.presence_penalty == 0.0)
             and (self.temperature == 0.0 or (self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0))
         )
 
@@ -74,7 +73,7 @@ class StepPlan:
     """One step of one lane. `one_token`: every row has COUNT 1, so the decode program serves it."""
 
     step: int
-    rows: np.ndarray  # int32 [rows, 5]
+    rows: np.ndarray  # int32 [rows, 6]
     loads: tuple[Load, ...]
     num_tokens: int
     num_points: int
@@ -102,4 +101,3 @@ class StepResult:
     rank: np.ndarray | None = None
     top_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
-    failed: tuple[int, ...] = field(default=())

@@ -135,7 +135,9 @@ def check_request(request: Request, limits: Limits) -> None:
 def _check_ids(field: str, ids: tuple[int, ...], vocab: int) -> None:
     for k, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-            raise InvalidArgument(wrong(f"{field}[{k}]", token, f"a token id in 0..V-1 = 0..{vocab - 1}"), field=field)
+            raise InvalidArgument(
+                wrong(f"{field}[{k}]", token, f"a token id in 0..V-1 = 0..{vocab - 1}"), field=field
+            )
 
 
 def _check_prompt(request: Request, limits: Limits) -> None:
@@ -178,7 +180,9 @@ def _check_bias(request: Request, limits: Limits) -> None:
     if len({token for token, _ in bias}) < len(bias):
         raise InvalidArgument("logit_bias: a token id is given twice; expected each once", field="logit_bias")
     for token, value in bias:
-        check_number(f"logit_bias[{token}]", value, False, lambda x: -100 <= x <= 100, "a finite number in -100..100")
+        check_number(
+            f"logit_bias[{token}]", value, False, lambda x: -100 <= x <= 100, "a finite number in -100..100"
+        )
     if len(bias) == limits.vocab and all(value <= -100 for _, value in bias):
         raise InvalidArgument("logit_bias: every token is banned; no token left to draw", field="logit_bias")
 

@@ -26,7 +26,9 @@ SHARE_OF_FUNCTIONS = 0.35
 FUNCTION_CHARS = range(60, 2400)
 
 # Tests are repetitive; the other entries hold tables or facts of one machine, not code that a person wrote.
-SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "ensurepip"})
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "ensurepip"}
+)
 SKIPPED_PATHS = ("_sysconfigdata", "config-", "html/entities.py", "msilib/schema.py", "this.py")
 SKIPPED_MARKS = ("decoding_table =", "decoding_map =", "_codecs_")
 
