@@ -1,0 +1,55 @@
+"""Random steps for the tests: rows of any lengths over shuffled blocks, with NaN wherever nothing was ever written."""
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.rows import Rows
+
+SINK = 0
+
+
+def scene(rng, *, spans, N, K, H, C, dtype="float32", layer=1, layers=2, padding=(0, 0), spare=2):
+    """spans: (start, count) per row; padding: (tokens, rows) appended. Returns q_TNH, k_PKCH, v_PKCH, rows, base.
+
+    Blocks of a row are drawn without order from the layer's pool. Positions at or past a row's end, unused
+    blocks, the sink and all other layers hold NaN.
+    """
+    ends = [start + count if count else 0 for start, count in spans]
+    used = [-(-end // C) for end in ends]
+    num_blocks = 1 + sum(used) + spare
+    names = iter(1 + rng.permutation(num_blocks - 1))
+    table_BM = np.zeros((len(spans) + padding[1], max([*used, 1]) + 1), np.int32)
+    k_PKCH = np.full((layers * num_blocks, K, C, H), np.nan, np.float32)
+    v_PKCH = np.full_like(k_PKCH, np.nan)
+    base = layer * num_blocks
+    for b, end in enumerate(ends):
+        for m in range(used[b]):
+            table_BM[b, m] = next(names)
+            live = min(C, end - m * C)
+            k_PKCH[base + table_BM[b, m], :, :live] = rng.normal(size=(K, live, H))
+            v_PKCH[base + table_BM[b, m], :, :live] = rng.normal(size=(K, live, H))
+    count_B = np.array([count for _, count in spans] + [0] * padding[1], np.int32)
+    start_B = np.array([start for start, _ in spans] + [0] * padding[1], np.int32)
+    first_B = (np.cumsum(count_B) - count_B).astype(np.int32)
+    q_TNH = rng.normal(size=(count_B.sum() + padding[0], N, H)).astype(np.float32)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    arrays = (q_TNH.astype(kind), k_PKCH.astype(kind), v_PKCH.astype(kind))
+    return *arrays, Rows(first_B, start_B, count_B, table_BM), base
+
+
+def one_token_scene(rng, *, lengths, padding=0, **shape):
+    """A decode step: row b attends `lengths[b]` positions, 0 marks a padded row. T == B, token b is row b's."""
+    spans = [(max(length - 1, 0), 1) for length in lengths]
+    q_TNH, k_PKCH, v_PKCH, rows, base = scene(rng, spans=spans, **shape)
+    count_B = (np.array(lengths) > 0).astype(np.int32)
+    return q_TNH, k_PKCH, v_PKCH, rows._replace(count_B=count_B), base
+
+
+def relative_error(o_TNH, ref_TNH):
+    """The largest, over rows of T, of max|o - ref| / max|ref|; rows whose reference is 0 must be 0."""
+    o_TNH, ref_TNH = np.asarray(o_TNH, np.float64), np.asarray(ref_TNH, np.float64)
+    off_T = np.abs(o_TNH - ref_TNH).max(axis=(1, 2))
+    size_T = np.abs(ref_TNH).max(axis=(1, 2))
+    return float(
+        np.where(size_T > 0, off_T / np.where(size_T > 0, size_T, 1), np.where(off_T == 0, 0, np.inf)).max()
+    )
