@@ -3,7 +3,7 @@
     config.json --from_hf--> ModelConfig: sizes, flags, one window per layer, Rope
 
 Whatever the decoder cannot honour is refused here by the name of its key, before any weight is read: an unknown
-architecture, a RoPE variant that is not in `SCALED`, another activation, code from the model's folder (`auto_map`).
+architecture, an unknown RoPE variant, another activation, code from the model's folder (`auto_map`).
 Source: the meaning and defaults of the keys are those of transformers' configuration classes.
 """
 
@@ -17,7 +17,7 @@ from engine.models.architectures import ARCHITECTURES, Architecture
 from engine.models.fields import Fields
 
 MOST_LAYERS = 1024
-KINDS = ("default", "linear", "llama3", "yarn")
+PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # all that a section without a type holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ModelConfig:
 
 
 def from_hf(config: Mapping[str, object]) -> ModelConfig:
-    """The ModelConfig of a parsed config.json; raises ModelError naming the key that is absent, wrong or unknown."""
+    """The ModelConfig of a parsed config.json; raises ModelError naming the key that is wrong."""
     if not isinstance(config, Mapping):
         raise ModelError(wrong("config.json", type(config).__name__, "a JSON object"), field="config.json")
     name = _architecture(config)
@@ -173,9 +173,10 @@ def _rope(fields: Fields, context: int) -> Rope:
         {"rope_theta": 10000.0},
     )
     inner = Fields(section, {"rope_theta": theta.number("rope_theta", 1.0)}, within=f"{key}.")
-    kind = section.get("rope_type", section.get("type", "default"))
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise inner.refuse("rope_type", kind, f"one of {', '.join(KINDS)}")
+    untyped = "default" if set(section) <= PLAIN_ROPE else "nothing (the key is absent)"
+    kind = section.get("rope_type", section.get("type", untyped))
+    if not isinstance(kind, str) or kind not in READ:
+        raise inner.refuse("rope_type", kind, f"one of {', '.join(READ)}")
     inner.only("partial_rotary_factor", 1.0, "RoPE turns whole heads")
     return READ[kind](inner, inner.number("rope_theta", 1.0), context)
 

@@ -1,0 +1,117 @@
+"""Products with sharded weights: the one place that knows how a matrix meets the activations.
+
+    column_parallel   x_TD replicated, w_DX split over X   ->  y_TX split          no collective
+    row_parallel      x_TX split, w_XD split over X        ->  y_TD replicated     one all-reduce
+    (the head is column-parallel over the vocabulary)
+
+Runs inside `jax.shard_map` over mesh axes ('kv', 'rep') with check_vma=False; weights are stored [in, out].
+
+fast       one dot per matrix. On CPU the weight is the left operand and the result is transposed, which reads the
+           weight once for few rows; a bfloat16 dot of one row is padded to two (one row costs ten times two).
+invariant  the same bits whatever the mesh (1, 2, 4, 8) and the batch: every dot has one shape everywhere. Rows come
+           in tiles of 8 in a loop, columns in eighths of their logical width, a contraction over a sharded axis in
+           eighths that are gathered and added in a fixed tree. An axis that 8 does not divide is cut in the largest
+           power of two that does; a mesh that splits the axis divides that too.
+
+Source: DESIGN.md, "Costs we know" and "Numerics".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.dispatch import Numerics
+from pallas_kernels.numerics import tree_sum
+from sharding.rules import TP
+
+UNITS = 8  # pieces that an axis is cut into, and the widest mesh of 'invariant'
+TILE_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How products are computed; static in a trace. `platform` is that of the mesh's devices."""
+
+    numerics: Numerics
+    platform: str
+
+    def check(self, tp: int) -> None:
+        """Raises ValueError where the mesh cannot give the promised bits."""
+        if self.numerics == "invariant" and tp not in (1, 2, 4, 8):
+            raise ValueError(f"numerics invariant: got a mesh of {tp}; expected 1, 2, 4 or 8 devices")
+
+
+def mesh_size() -> int:
+    """tp of the mesh around this trace."""
+    return lax.axis_size("kv") * lax.axis_size("rep")
+
+
+def shard_index() -> jax.Array:
+    """Flat number of this device: kv_index * rep + rep_index."""
+    return lax.axis_index("kv") * lax.axis_size("rep") + lax.axis_index("rep")
+
+
+def column_parallel(x_TD: jax.Array, w_DX: jax.Array, parts: Sequence[tuple[int, int]], how: Method) -> jax.Array:
+    """x times this shard's columns; float32 [T, X local].
+
+    parts   (local, logical) width of each matrix that the columns of w hold side by side
+    """
+    if how.numerics == "fast":
+        return _dot(x_TD, w_DX, how.platform)
+    pieces, start = [], 0
+    for local, logical in parts:
+        width = logical // math.gcd(logical, UNITS)
+        pieces += [lax.slice_in_dim(w_DX, i, i + width, axis=1) for i in range(start, start + local, width)]
+        start += local
+    return _by_tiles(lambda x_tD: jnp.concatenate([_tile_dot(x_tD, w) for w in pieces], axis=1), x_TD)
+
+
+def row_parallel(x_TX: jax.Array, w_XD: jax.Array, logical: int, how: Method) -> jax.Array:
+    """x times this shard's rows, summed over the mesh; [T, D] in x's dtype.
+
+    logical   length of X over the whole mesh
+    """
+    tp = mesh_size()
+    if how.numerics == "fast":
+        # Summed in x's dtype: decoding over many devices is bound by the bytes of this sum.
+        y_TD = _dot(x_TX, w_XD, how.platform).astype(x_TX.dtype)
+        return y_TD if tp == 1 else lax.psum(y_TD, TP)
+    width = logical // math.gcd(logical, UNITS)
+    cuts = [(start, start + width) for start in range(0, x_TX.shape[1], width)]
+    pieces = [lax.slice_in_dim(w_XD, start, stop, axis=0) for start, stop in cuts]
+
+    def tile(x_tX: jax.Array) -> jax.Array:
+        return tree_sum(
+            jnp.stack([_tile_dot(x_tX[:, i:j], w) for (i, j), w in zip(cuts, pieces, strict=True)]), axis=0
+        )
+
+    y_TD = _by_tiles(tile, x_TX)
+    if tp > 1:
+        y_TD = tree_sum(lax.all_gather(y_TD, TP), axis=0)
+    return y_TD.astype(x_TX.dtype)
+
+
+def _dot(x_TD: jax.Array, w_DX: jax.Array, platform: str) -> jax.Array:
+    """One plain product in float32."""
+    if platform != "cpu":
+        return lax.dot(x_TD, w_DX, preferred_element_type=jnp.float32)
+    rows = x_TD.shape[0]
+    if rows == 1 and w_DX.dtype == jnp.bfloat16:
+        x_TD = jnp.pad(x_TD, ((0, 1), (0, 0)))
+    return _tile_dot(x_TD, w_DX)[:rows]
+
+
+def _tile_dot(x_tD: jax.Array, w_DX: jax.Array) -> jax.Array:
+    return lax.dot_general(w_DX, x_tD, (((0,), (1,)), ((), ())), preferred_element_type=jnp.float32).T
+
+
+def _by_tiles(tile: Callable[[jax.Array], jax.Array], x_TD: jax.Array) -> jax.Array:
+    """`tile` over every 8 rows, in a loop: unrolled tiles are fused each their own way, and compile slowly."""
+    rows, width = x_TD.shape
+    tiles = -(-rows // TILE_ROWS)
+    padded = jnp.pad(x_TD, ((0, tiles * TILE_ROWS - rows), (0, 0))).reshape(tiles, TILE_ROWS, width)
+    return lax.map(tile, padded).reshape(tiles * TILE_ROWS, -1)[:rows]
