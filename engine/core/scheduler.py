@@ -1,0 +1,349 @@
+"""Chooses what the next step computes, and settles what a step brought. Counts tokens and blocks; touches neither.
+
+There is no prefill phase and no decode phase in the rule: a sequence knows `length` tokens and has KV for `computed` of
+them, and a step moves `computed` towards `length`. Running rows that miss one token are served first, all at once;
+what is left of the token budget goes to prompts, oldest first, then to waiting sequences. A sequence is seated with
+blocks for every token it knows, so that only decodes can run short; then the youngest is preempted and recomputed.
+
+    plan N+1 is made while step N runs          blocks dropped while a step is in flight are in `limbo` until the last
+    submit -> plan -> (device) -> collect       step launched before the drop is collected
+    preemption and trials wait until nothing is in flight: rare, and then nothing is uncertain
+
+After a device failure (`fail`) every sequence waits again with its known tokens; those of the failing step are
+suspects, tried alone one after the other, and one whose lone step fails again ends alone.
+Source: the note in vLLM `v1/core/sched/scheduler.py::Scheduler.schedule` for the one rule.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.core import prefix
+from engine.core.blocks import BlockPool
+from engine.core.events import Ended, Event
+from engine.core.plan import BLOCK, COUNT, DRAW, ROW, SCORE, START, Load, StepPlan, StepResult
+from engine.core.request import Request
+from engine.core.rows import Rows
+from engine.core.sequence import Sequence, State, sequences
+from engine.core.settle import settle
+from engine.errors import DeadlineExceeded, DeviceError, SeracError
+
+
+@dataclass(frozen=True, slots=True)
+class LaneShape:
+    """Sizes of one lane. max_tokens >= max_rows, so that every running row can decode in one step."""
+
+    num_blocks: int
+    block_size: int
+    max_rows: int
+    max_tokens: int
+    max_length: int
+    vocab: int
+    eos_ids: tuple[int, ...] = ()
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan in flight: who sat in its rows, and where each chunk of a prompt ends."""
+
+    plan: StepPlan
+    serials: np.ndarray  # int64 [rows]
+    chunks: tuple[tuple[Sequence, int, int], ...]  # (sequence, plan row, positions computed after the step)
+
+
+class Scheduler:
+    """One lane's brain. Not thread-safe: one thread calls it."""
+
+    def __init__(self, shape: LaneShape, root: bytes):
+        assert shape.max_tokens >= shape.max_rows
+        self.shape, self._root = shape, root
+        self.pool = BlockPool(shape.num_blocks)
+        self.rows = Rows(shape.max_rows, shape.max_length, shape.block_size, shape.vocab, shape.eos_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}  # by serial, oldest admission first
+        self.prefilling: dict[int, Sequence] = {}  # by serial; running, its known tokens not all planned
+        self.flights: deque[Flight] = deque()
+        self.events: list[Event] = []
+        self.limbo: deque[tuple[int, list[int]]] = deque()
+        self.suspects: deque[Sequence] = deque()
+        self.live: dict[int, Sequence] = {}
+        self.preemptions = self.prompt_tokens = self.cached_tokens = 0
+        self._deadlines: list[tuple[float, int]] = []
+        self._serial = self._step = 0
+        self._draining = False
+
+    # -- what the outside asks ------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, seed: int) -> list[Sequence]:
+        """Queue a request that `check_request` has passed; `seed` serves it if it brings none. One sequence a choice."""
+        parent = prefix.start(self._root, request.adapter, request.salt)
+        group = sequences(request, self._serial, seed, self.shape.max_length, self.shape.eos_ids, parent)
+        self._serial += len(group)
+        for sequence in group:
+            self.live[sequence.serial] = sequence
+            if request.deadline_at is not None:
+                heapq.heappush(self._deadlines, (request.deadline_at, sequence.serial))
+        self.waiting.append(group[0])
+        return group
+
+    def cancel(self, sequence: Sequence, reason: str = "abort", error: SeracError | None = None) -> bool:
+        """End `sequence` now, wherever it is; False when it is over already."""
+        if sequence.state is State.ENDED:
+            return False
+        self._end(sequence, reason, error=error)
+        return True
+
+    def hold(self, sequence: Sequence, held: bool) -> None:
+        """Stop or go on serving a sequence whose client does not read; it keeps its row and blocks."""
+        sequence.held = held
+        if sequence.state is State.RUNNING and sequence.serial not in self.prefilling:
+            if held:
+                self.rows.target[sequence.row] = 0
+            else:
+                self.rows.open(sequence.row)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or flies."""
+        return not (self.waiting or self.running or self.flights)
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when there is none to make before the next collect. `now` in seconds."""
+        self._expire(now)
+        if (self._draining or self.suspects) and self.flights:
+            return None
+        self._draining = False
+        loads: list[Load] = []
+        chunks: list[tuple[Sequence, list[int]]] = []
+        rows = blocks = np.zeros(0, np.int64)
+        if self.suspects:
+            self._plan_chunks(loads, chunks, 0)
+        elif (decodes := self._plan_decodes()) is None:
+            return None
+        else:
+            rows, blocks = decodes
+            self._plan_chunks(loads, chunks, len(rows))
+        if len(rows) + len(chunks) == 0:
+            return None
+        return self._launch(rows, blocks, loads, chunks)
+
+    def _plan_decodes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows that decode, and the new block of each (0: none); None to wait for what is in flight."""
+        table = self.rows
+        while True:
+            rows = table.wanting()
+            fresh = np.flatnonzero(table.computed[rows] % self.shape.block_size == 0)
+            if len(fresh) <= self.pool.available:
+                break
+            if self.flights:
+                self._draining = True
+                return None
+            self._preempt(next(reversed(self.running.values())))
+        blocks = np.zeros(len(rows), np.int64)
+        if len(fresh):
+            blocks[fresh] = taken = self.pool.take(len(fresh))
+            table.grow(rows[fresh], taken)
+        table.decode(rows)
+        return rows, blocks
+
+    def _plan_chunks(self, loads: list[Load], chunks: list[tuple[Sequence, list[int]]], decodes: int) -> None:
+        """Spend what the decodes left on prompts: seated ones first, then waiting ones while they fit."""
+        budget, points = self.shape.max_tokens - decodes, self.shape.max_rows - decodes
+        for sequence in list(self.prefilling.values()):
+            if (row := self._chunk(sequence, budget, points)) is not None:
+                chunks.append((sequence, row))
+                budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
+        while budget > 0 and points > 0 and self.rows.free and (sequence := self._next()) is not None:
+            if not self._seat(sequence):
+                break
+            table = self.rows.table[sequence.row, : self.rows.num_blocks[sequence.row]].copy()
+            loads.append(Load(sequence.row, sequence.tokens, table, sequence.draw))
+            if (row := self._chunk(sequence, budget, points)) is not None:
+                chunks.append((sequence, row))
+                budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
+
+    def _next(self) -> Sequence | None:
+        """The next sequence to seat: the first that waits, or alone the first suspect."""
+        if self.suspects:
+            return self.suspects[0] if self.suspects[0].state is State.WAITING else None
+        return self.waiting[0] if self.waiting else None
+
+    def _seat(self, sequence: Sequence) -> bool:
+        """Seat a waiting sequence with blocks for all it knows, shared ones first; False if the pool cannot."""
+        size, length = self.shape.block_size, len(sequence.tokens)
+        shared: list[int] = []
+        if self.shape.prefix_cache and not sequence.scores:
+            sequence.chain = prefix.extend(sequence.parent, sequence.chain, sequence.tokens, size)
+            shared = self.pool.share(sequence.chain[: (length - 1) // size])
+        missing = -(-length // size) - len(shared)
+        if missing > self.pool.available:
+            self.pool.drop(shared)
+            return False
+        self.waiting.remove(sequence)
+        computed = len(shared) * size
+        if not sequence.admitted:
+            sequence.admitted, sequence.cached = True, min(computed, sequence.prompt_length)
+            self.prompt_tokens += sequence.prompt_length
+            self.cached_tokens += sequence.cached
+        self.rows.seat(sequence, shared + self.pool.take(missing), computed)
+        self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence
+        return True
+
+    def _chunk(self, sequence: Sequence, budget: int, points: int) -> list[int] | None:
+        """The next chunk of a prefilling sequence within `budget` tokens and `points` logits; None for none."""
+        table, row = self.rows, sequence.row
+        start, length = int(table.computed[row]), int(table.length[row])
+        count = min(length - start, budget)
+        if sequence.scores:
+            count = min(count, max(sequence.scored - start, 0) + points)
+        last = start + count == length
+        if count <= 0 or sequence.held or (last and points <= 0):
+            return None
+        score = max(start + count - max(start, sequence.scored) - last, 0) if sequence.scores else 0
+        table.computed[row] += count
+        if last:
+            del self.prefilling[sequence.serial]
+            table.length[row] += 1
+            table.open(row)
+        return [row, start, count, 0, score, int(last)]
+
+    def _launch(
+        self, rows: np.ndarray, blocks: np.ndarray, loads: list[Load], chunks: list[tuple[Sequence, list[int]]]
+    ) -> StepPlan:
+        """Write the plan down and remember it as in flight."""
+        table = np.empty((len(rows) + len(chunks), 6), np.int32)
+        decodes = table[: len(rows)]
+        decodes[:, ROW], decodes[:, BLOCK] = rows, blocks
+        decodes[:, START] = self.rows.computed[rows] - 1
+        decodes[:, COUNT], decodes[:, SCORE], decodes[:, DRAW] = 1, 0, 1
+        num_tokens = num_points = len(rows)
+        one_token, scores = True, False
+        for k, (_, row) in enumerate(chunks, len(rows)):
+            table[k] = row
+            num_tokens += row[COUNT]
+            num_points += row[SCORE] + row[DRAW]
+            one_token &= row[COUNT] == 1 and row[DRAW] == 1 and row[SCORE] == 0
+            scores |= row[SCORE] > 0
+        seats = table[:, ROW]
+        plain = not scores and bool(self.rows.plain[seats].all())
+        plan = StepPlan(self._step, table, tuple(loads), num_tokens, num_points, one_token, plain)
+        ends = tuple((sequence, k, row[START] + row[COUNT]) for k, (sequence, row) in enumerate(chunks, len(rows)))
+        self.flights.append(Flight(plan, self.rows.serial[seats], ends))
+        self._step += 1
+        return plan
+
+    # -- settling -------------------------------------------------------------------------------------------------
+
+    def collect(self, result: StepResult) -> None:
+        """Take in the result of the oldest step in flight; what it means stands in `events` afterwards."""
+        flight = self.flights.popleft()
+        assert flight.plan.step == result.step, f"step {flight.plan.step} flies, {result.step} was collected"
+        settle(self, flight, result)
+        while self.limbo and self.limbo[0][0] <= result.step:
+            self.pool.drop(self.limbo.popleft()[1])
+
+    def wake(self, leader: Sequence) -> None:
+        """Let the followers of `leader` wait for a row: its prompt is published, or it is over."""
+        for sequence in reversed(leader.followers):
+            if sequence.state is State.FOLLOWING:
+                sequence.state = State.WAITING
+                self.waiting.appendleft(sequence)
+        leader.followers = []
+
+    def publish(self, sequence: Sequence, blocks: list[int], settled: int) -> None:
+        """Let others find the full blocks of `sequence` whose KV is settled."""
+        size = self.shape.block_size
+        if not self.shape.prefix_cache or settled < size:
+            return
+        tokens = self.rows.history[sequence.row, :settled] if sequence.row >= 0 else sequence.tokens[:settled]
+        sequence.chain = prefix.extend(sequence.parent, sequence.chain, tokens, size)
+        for block, content in zip(blocks, sequence.chain[: settled // size], strict=False):
+            self.pool.publish(block, content)
+
+    def _release(self, sequence: Sequence, publish: bool = True) -> None:
+        blocks, settled = self.rows.leave(sequence)
+        self.running.pop(sequence.serial)
+        self.prefilling.pop(sequence.serial, None)
+        if publish:
+            self.publish(sequence, blocks, settled)
+        if self.flights:
+            self.limbo.append((self.flights[-1].plan.step, blocks))
+        else:
+            self.pool.drop(blocks)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert not self.flights, "a sequence is preempted only when all it drew is known"
+        self._release(sequence)
+        sequence.state = State.WAITING
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def pass_trial(self, sequence: Sequence) -> None:
+        """A suspect's lone step went well: it waits with the others again."""
+        self.suspects.popleft()
+        if sequence.state is State.RUNNING:
+            self._preempt(sequence)
+
+    def _end(
+        self, sequence: Sequence, reason: str, stop: int | None = None, error: SeracError | None = None
+    ) -> None:
+        if sequence.state is State.RUNNING:
+            self._release(sequence, publish=reason != "error")
+        elif sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
+        sequence.state = State.ENDED
+        del self.live[sequence.serial]
+        self.wake(sequence)
+        self.events.append(Ended(sequence, reason, stop, error))
+
+    end = _end
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = self.live.get(heapq.heappop(self._deadlines)[1])
+            if sequence is not None:
+                self._end(
+                    sequence, "deadline", error=DeadlineExceeded("deadline: passed before the request was done")
+                )
+
+    # -- failure --------------------------------------------------------------------------------------------------
+
+    def fail(self, step: int, message: str) -> None:
+        """Step `step` raised and the device's pool is gone: everyone waits again, its sequences as suspects."""
+        flight = next(f for f in self.flights if f.plan.step == step)
+        culprits = [s for serial in flight.serials.tolist() if (s := self.live.get(serial)) is not None]
+        trial = bool(self.suspects)
+        self.flights.clear()
+        self.limbo.clear()
+        for sequence in reversed(list(self.running.values())):
+            self._release(sequence, publish=False)
+            sequence.state = State.WAITING
+            self.waiting.appendleft(sequence)
+        self.pool = BlockPool(self.shape.num_blocks)
+        if trial:
+            for sequence in culprits:
+                self._end(sequence, "error", error=DeviceError(message))
+        else:
+            self.suspects.extend(culprits)
+
+    def check(self) -> None:
+        """Assert that rows, blocks, queues and states agree. O(everything); for tests and idle moments."""
+        self.rows.check(len(self.flights))
+        holds = [block for _, blocks in self.limbo for block in blocks]
+        for sequence in self.running.values():
+            holds += self.rows.table[sequence.row, : self.rows.num_blocks[sequence.row]].tolist()
+        self.pool.check(holds)
+        seated = {s.serial for s in self.rows.occupant if s is not None}
+        assert seated == set(self.running) and set(self.prefilling) <= seated
+        states = {s.serial: s.state for s in self.live.values()}
+        assert State.ENDED not in states.values()
+        assert {s.serial for s in self.waiting} == {k for k, state in states.items() if state is State.WAITING}
+        assert set(self.running) == {k for k, state in states.items() if state is State.RUNNING}
