@@ -1,0 +1,1 @@
+"""Root of the generated package; see engine.serve.proto.generate."""
