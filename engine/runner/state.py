@@ -1,0 +1,114 @@
+"""What a lane keeps on its devices between steps, and how it is made and loaded.
+
+    k_PKCH, v_PKCH   KV of all layers, layer l of block b at l * P + b; split over K on mesh axis kv
+    history_RS       every token of every row, int32, replicated
+    table_RM         block table of every row, int32, replicated
+    draws            sampling record of every row, replicated
+
+A Load packs one row: its number, its record, its table and its tokens, padded to one of a few lengths; `load_rows`
+writes up to LOAD_ROWS of them. Rows at or past R are padding and dropped. bfloat16 pools are uint16 on CPU, where XLA
+would widen a bfloat16 scatter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.core.plan import Load
+from engine.models.config import ModelConfig
+from engine.runner.draws import BLANK, WIDTH, Draws, decode, encode, store
+
+LOAD_ROWS = 8
+MOST_LOADS = 4  # programs that load rows, by length
+SHORTEST_LOAD = 64
+
+
+class State(NamedTuple):
+    """Device arrays of a lane; donated to every program and replaced by its result."""
+
+    k_PKCH: jax.Array
+    v_PKCH: jax.Array
+    history_RS: jax.Array
+    table_RM: jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of one lane's device state."""
+
+    num_blocks: int
+    block_size: int
+    max_rows: int
+    max_length: int
+
+    @property
+    def table_width(self) -> int:
+        return -(-self.max_length // self.block_size)
+
+
+POOL = PartitionSpec(None, "kv", None, None)
+STATE = State(POOL, POOL, PartitionSpec(), PartitionSpec())
+
+
+def pool_dtype(dtype: np.dtype, platform: str) -> np.dtype:
+    """The dtype that holds KV of `dtype` on `platform`."""
+    return np.dtype(np.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else np.dtype(dtype)
+
+
+def empty_state(config: ModelConfig, sizes: Sizes, mesh: Mesh, dtype: np.dtype) -> State:
+    """Zeros everywhere, made on the devices."""
+    shape = (config.num_layers * sizes.num_blocks, config.kv_heads, sizes.block_size, config.head_width)
+    held = pool_dtype(dtype, mesh.devices.flat[0].platform)
+    lines = (sizes.max_rows, sizes.max_length), (sizes.max_rows, sizes.table_width)
+
+    def zeros() -> State:
+        pools = [jnp.zeros(shape, held) for _ in range(2)]
+        return State(*pools, *(jnp.zeros(line, jnp.int32) for line in lines))
+
+    return jax.jit(zeros, out_shardings=shardings(mesh, STATE))()
+
+
+def empty_draws(sizes: Sizes, mesh: Mesh) -> Draws:
+    """The records of empty rows."""
+    packed = np.tile(encode(BLANK), (sizes.max_rows, 1))
+    return jax.jit(decode, out_shardings=NamedSharding(mesh, PartitionSpec()))(packed)
+
+
+def shardings(mesh: Mesh, specs):
+    """NamedShardings for a tree of PartitionSpecs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def load_lengths(max_length: int) -> tuple[int, ...]:
+    """Padded lengths of loads, each a program; the last holds any sequence."""
+    lengths = [max_length]
+    while len(lengths) < MOST_LOADS and lengths[-1] > SHORTEST_LOAD:
+        lengths.append(max(lengths[-1] // 4, SHORTEST_LOAD))
+    return tuple(sorted(lengths))
+
+
+def pack_loads(loads: Sequence[Load], sizes: Sizes, length: int) -> np.ndarray:
+    """int32 [LOAD_ROWS, 1 + record + table + length]; at most LOAD_ROWS loads of at most `length` tokens."""
+    packed = np.zeros((LOAD_ROWS, 1 + WIDTH + sizes.table_width + length), np.int32)
+    packed[:, 0] = sizes.max_rows
+    for line, load in zip(packed, loads, strict=False):
+        line[0] = load.row
+        line[1 : 1 + WIDTH] = encode(load.draw)
+        line[1 + WIDTH : 1 + WIDTH + len(load.blocks)] = load.blocks
+        start = 1 + WIDTH + sizes.table_width
+        line[start : start + len(load.tokens)] = load.tokens
+    return packed
+
+
+def load_rows(sizes: Sizes, state: State, draws: Draws, packed: jax.Array) -> tuple[State, Draws]:
+    """`state` and `draws` with packed loads in their rows; pure, for use inside jit."""
+    row_L = packed[:, 0]
+    record, table, tokens = jnp.split(packed[:, 1:], [WIDTH, WIDTH + sizes.table_width], axis=1)
+    history_RS = state.history_RS.at[row_L, : tokens.shape[1]].set(tokens, mode="drop")
+    table_RM = state.table_RM.at[row_L].set(table, mode="drop")
+    return state._replace(history_RS=history_RS, table_RM=table_RM), store(draws, row_L, record)
