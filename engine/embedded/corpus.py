@@ -1,9 +1,9 @@
 """Decides which texts the embedded model learns: Python's own standard library, as files and as short chats.
 
     *.py files -> readable sources -> split by a hash of the path -> training documents | held-out documents
-                                                      each split: the files themselves, and chats about their functions
 
-A held-out file gives no chat to the training split. Cost: a few seconds, most of them in `ast.parse`.
+Each split has the files themselves and chats about their functions; a held-out file gives no chat to
+training. Cost: a few seconds, most of them in `ast.parse`.
 """
 
 import ast
@@ -75,7 +75,7 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is kept from training; a hash of its path decides, so that the split outlives the Python version."""
+    """Whether a file is kept from training; a hash of its path decides, whatever the Python version."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -107,7 +106,7 @@ def _config(shape: Shape, end_id: int) -> dict:
 
 def write_weights(out: Path, weights: Weights) -> None:
     """Writes model.safetensors in bfloat16."""
-    rounded = {name: np.asarray(value).astype(ml_dtypes.bfloat16) for name, value in weights.items()}
+    rounded = {name: np.asarray(value).astype(jnp.bfloat16) for name, value in weights.items()}
     partial = out / "model.safetensors.partial"
     # Hugging Face refuses a file whose metadata names no framework.
     save_file(rounded, partial, metadata={"format": "pt"})

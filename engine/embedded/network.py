@@ -1,12 +1,14 @@
 """Computes the embedded model: one full-sequence Qwen3 forward in plain jnp, and its loss.
 
-    tokens -> embedding -> L x [ norm -> q, k, v -> q norm, k norm -> RoPE -> causal attention -> + ; norm -> SwiGLU -> + ]
-           -> norm -> logits over the tied embedding
+    tokens -> embedding -> L x [ norm -> q, k, v -> q norm, k norm -> RoPE -> causal attention -> +,
+                              norm -> SwiGLU -> + ] -> norm -> logits over the tied embedding
 
-Weights are a flat dict with the names and the [out, in] layout of a Hugging Face checkpoint. Cost: about 6 x parameters
-operations per trained token, plus attention. Source: `modeling_qwen3.py` of Hugging Face transformers.
+Weights are a flat dict with the names and the [out, in] layout of a Hugging Face checkpoint.
+Cost: about 6 x parameters operations per trained token, plus attention.
+Source: `modeling_qwen3.py` of Hugging Face transformers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Weights = dict[str, jax.Array]
+Project = Callable[[jax.Array, jax.Array], jax.Array]
 QUERY_TILE = 64
 
 
@@ -115,8 +118,9 @@ def rotate(x_BSNH: jax.Array, theta: float) -> jax.Array:
 def causal_attention(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
     """Grouped causal attention of normed queries and keys, [B, S, N, H].
 
-    Each tile of queries meets only the positions that it may see. No maximum is subtracted before the exponential: the
-    norms bound a score by sqrt(H) times their gains, far below float32's limit, and the pass over the scores is dear.
+    Each tile of queries meets only the positions that it may see. No maximum is subtracted before the
+    exponential: the norms bound a score by sqrt(H) times their gains, far below float32's limit, and the pass over
+    the scores is dear.
     """
     batch, length, num_heads, head = q_BSNH.shape
     num_kv = k_BSKH.shape[2]
@@ -138,7 +142,7 @@ def causal_attention(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) ->
     return out_BNSH.transpose(0, 2, 1, 3)
 
 
-def hidden_states(weights: Weights, tokens_BS: jax.Array, shape: Shape, project) -> jax.Array:
+def hidden_states(weights: Weights, tokens_BS: jax.Array, shape: Shape, project: Project) -> jax.Array:
     """The normed residual after the last layer, [B * S, D] float32; `project` is one of the two products above."""
     batch, length = tokens_BS.shape
     x_TD = weights["model.embed_tokens.weight"][tokens_BS.reshape(-1)]
@@ -162,13 +166,13 @@ def hidden_states(weights: Weights, tokens_BS: jax.Array, shape: Shape, project)
     return rms_norm(x_TD, weights["model.norm.weight"], shape.norm_eps)
 
 
-def logits(weights: Weights, tokens_BS: jax.Array, shape: Shape, project) -> jax.Array:
+def logits(weights: Weights, tokens_BS: jax.Array, shape: Shape, project: Project) -> jax.Array:
     """Next-token scores, [B, S, V] float32."""
     x_TD = hidden_states(weights, tokens_BS, shape, project)
     return project(x_TD, weights["model.embed_tokens.weight"]).reshape(*tokens_BS.shape, -1)
 
 
-def mean_loss(weights: Weights, windows_BS: jax.Array, shape: Shape, project) -> jax.Array:
+def mean_loss(weights: Weights, windows_BS: jax.Array, shape: Shape, project: Project) -> jax.Array:
     """Mean cross-entropy, in nats, of each window's tokens after the first."""
     scores_BSV = logits(weights, windows_BS[:, :-1], shape, project)
     is_next_BSV = windows_BS[:, 1:, None] == jnp.arange(scores_BSV.shape[-1])

@@ -2,9 +2,9 @@
 
     collect sources -> train the BPE -> pack windows -> train under a deadline -> model.safetensors
 
-The learning rate follows a cosine over the elapsed time, so that a slow machine ends at the same place with fewer tokens.
-Windows grow with the time as well: short ones are cheap and teach most, long ones teach far positions. Every few minutes
-the weights are written in their final form, so that a run cut short leaves a model that works.
+The learning rate follows a cosine over the elapsed time, so that a slow machine ends at the same rate.
+Windows grow with the time as well: short ones are cheap and teach most, long ones teach far positions. Every few
+minutes the weights are written in their final form, so that a run cut short leaves a model that works.
 Cost: about 4000 tokens per second on two CPU cores with bfloat16 units.
 """
 
@@ -90,16 +90,21 @@ def make_held_out(shape: Shape, stream: np.ndarray) -> Callable[[Weights], float
     return measure
 
 
-def train(out: Path, minutes: float, seed: int, shape: Shape, clock: Callable[[], float]) -> Weights:
-    """Trains until `minutes` have passed on `clock` (seconds), and leaves the model's folder at `out`."""
+def prepare(out: Path, seed: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Writes all of the folder but the weights, and returns the training and the held-out stream of tokens."""
     corpus = collect(standard_library(), seed)
     tokenizer = train_tokenizer(corpus.training, shape.vocab_size)
     write_description(out, shape, tokenizer)
     stream, held_out = encode(tokenizer, corpus.training), encode(tokenizer, corpus.held_out)
-    measure = make_held_out(shape, held_out)
     characters = sum(map(len, corpus.held_out))
     print(f"training tokens {len(stream)}, held-out tokens {len(held_out)} ({characters} characters)", flush=True)
+    return stream, held_out
 
+
+def train(out: Path, minutes: float, seed: int, shape: Shape, clock: Callable[[], float]) -> Weights:
+    """Trains until `minutes` have passed on `clock` (seconds), and leaves the model's folder at `out`."""
+    stream, held_out = prepare(out, seed, shape)
+    measure = make_held_out(shape, held_out)
     weights, rule = initial_weights(shape, seed), optimizer()
     state, run_step = rule.init(weights), make_step(shape, rule)
     rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
 
 
 def batches(stream: np.ndarray, length: int, num_windows: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless batches [num_windows, length + 1]; each pass over the stream starts at another offset, in another order."""
+    """Endless batches [num_windows, length + 1]; each pass has another offset and order."""
     while True:
         rows = cut(stream[rng.integers(length) :], length)
         order = rng.permutation(len(rows))
