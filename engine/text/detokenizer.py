@@ -9,7 +9,7 @@ Two ways, chosen by the tokenizer's decoder:
                  judges a run of them as a whole.
 
 The prompt's last tokens are context: the space before the first word of an answer is kept, and a character that the
-prompt left unfinished is finished in the output. Cost: byte level 0.3 us a token; the other way two short decodes a
+prompt left unfinished is finished in the output. Cost: byte level 3 us a token; the other way two short decodes a
 step. Source: the offsets of text-generation-inference's streaming, the byte alphabet of GPT-2.
 """
 
