@@ -1,8 +1,8 @@
 """Writes log lines, as JSON or as text: one a line, one for each request, never a prompt.
 
-A line holds the time, level, logger and message, and those of the record's extras that FIELDS names; whatever else a
-caller attaches stays out. Of an exception it shows the type and the places it passed, and its message only when it is
-one of ours: theirs may quote their input. Cost: 20 us a line.
+A line holds the time, level, logger and message, and those of the record's extras that FIELDS names; whatever else
+a caller attaches stays out. Of an exception it shows the type and the places it passed, and its message only if it
+is one of ours: theirs may quote their input. Cost: 20 us a line.
 """
 
 import json
