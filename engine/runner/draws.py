@@ -3,9 +3,9 @@
     Draw (host) --encode--> int32 [W] --in the step's packed array--> decode --store--> Draws, a line a row
                                                                       Draws --at_points--> a line a point
 
-A record is written once, when a sequence takes a row; steps only gather. `FIELDS` is the layout: one row a field, in
-the order of the packed record; floats and halves of the seed travel as their bits. Lists are padded with NO_TOKEN, which
-every scatter drops. Cost: W = 2,126 words (8.5 kB) a loaded row.
+A record is written once, when a sequence takes a row; steps only gather. `FIELDS` is the layout: one row a field,
+in the order of the packed record; floats and halves of the seed travel as their bits. Lists are padded with
+NO_TOKEN, which every scatter drops. Cost: W = 2,125 words (8.5 kB) a loaded row.
 Source: the record of core/plan.py; DESIGN.md "Numerics" for the seed's two halves.
 """
 
@@ -86,8 +86,8 @@ BLANK = Draw(
 def encode(draw: Draw) -> np.ndarray:
     """The record as int32 [WIDTH].
 
-    A temperature that float32 would round to zero, which is greedy, becomes the smallest normal float32: the draw is
-    then among the best alone, as it should be.
+    A temperature that float32 would round to zero, which is greedy, becomes the smallest normal float32: the draw
+    is then among the best alone, as it should be.
     Raises ValueError when a list is longer than the record has room for.
     """
     if len(draw.stop_ids) > MAX_STOP_IDS or len(draw.logit_bias) > MAX_BIAS:
