@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Numerics
-from pallas_kernels.numerics import tree_sum
 from sharding.rules import TP
 
 UNITS = 8  # pieces that an axis is cut into, and the widest mesh of 'invariant'
@@ -85,14 +84,19 @@ def row_parallel(x_TX: jax.Array, w_XD: jax.Array, logical: int, how: Method) ->
     pieces = [lax.slice_in_dim(w_XD, start, stop, axis=0) for start, stop in cuts]
 
     def tile(x_tX: jax.Array) -> jax.Array:
-        return tree_sum(
-            jnp.stack([_tile_dot(x_tX[:, i:j], w) for (i, j), w in zip(cuts, pieces, strict=True)]), axis=0
-        )
+        return _add([_tile_dot(x_tX[:, i:j], w) for (i, j), w in zip(cuts, pieces, strict=True)])
 
     y_TD = _by_tiles(tile, x_TX)
     if tp > 1:
-        y_TD = tree_sum(lax.all_gather(y_TD, TP), axis=0)
+        y_TD = _add(list(lax.all_gather(y_TD, TP)))
     return y_TD.astype(x_TX.dtype)
+
+
+def _add(parts: Sequence[jax.Array]) -> jax.Array:
+    """Sum of 1, 2, 4 or 8 arrays; neighbours first, so that a shard's own pieces are a subtree of the whole."""
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def _dot(x_TD: jax.Array, w_DX: jax.Array, platform: str) -> jax.Array:
