@@ -1,15 +1,15 @@
 """Which tokens may be drawn: min_p, top_k and top_p over the whole vocabulary, without a sort.
 
-top_k and top_p both keep the smallest upper set (all tokens above a threshold) that reaches a goal: a count of k, or a
-share p of the mass. The threshold is found by bisection over the integers whose order is that of float32, so the answer
-is exact and equal logits stand or fall together:
+top_k and top_p both keep the smallest upper set (all tokens above a threshold) that reaches a goal: a count of k,
+or a share p of the mass. The threshold is found by bisection over the integers whose order is that of float32, so
+the answer is exact and equal logits stand or fall together:
 
     top_k  keeps a token iff fewer than k tokens are strictly above it (ties at the k-th value stay)
-    top_p  keeps a token iff the mass strictly above it is less than p of what min_p and top_k left; the best always stays
+    top_p  keeps a token iff the mass strictly above it is less than p of what min_p and top_k left; the best stays
 
 Cost: each halving is one count over [B, V], and for top_p one masked tree sum; a row is done when one token is left
-between the bounds, after about 10 halvings when the set is small and 20 when it is large, 52 at most. Rows share the
-loop but not the answer. A sort of [16, 151936] takes 0.9 s on two CPU cores, this 0.05.
+between the bounds, after about 10 halvings when the set is small and 20 when it is large, 52 at most. Rows share
+the loop but not the answer. A sort of [16, 151936] takes 0.9 s on two CPU cores.
 Source: order and formulas of vLLM's sampler; the bisection is ours.
 """
 
@@ -61,7 +61,7 @@ def _middle(bounds: Bounds, turn: jax.Array) -> jax.Array:
 def upper_set(
     image_BV: jax.Array, on_B: jax.Array, reaches: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """bool [B, V]: the smallest set of tokens above a threshold that reaches the goal; all of them where not `on_B`.
+    """bool [B, V]: the smallest set of tokens above a threshold that reaches the goal; everything where not `on_B`.
 
     reaches  from a set bool [B, V] and its count [B], whether it reaches its row's goal; monotone, and true of all
              tokens whose image is finite.

@@ -3,11 +3,10 @@
     raw logits -> log-probabilities reported -> min_tokens mask -> logit_bias -> repetition, frequency, presence
                -> temperature (0: the best, lowest id of equals) -> min_p -> top_k -> top_p -> best of logit + noise
 
-`draw_plain` serves steps in which every draw is greedy or pure temperature: logits stay sharded over the vocabulary and
-only maxima cross the mesh. `draw_full` does everything, on gathered logits. Both make the same bits for a row that both
-can serve, and what a row draws depends on its own record, logits, history and position alone.
+`draw_plain` serves steps in which every draw is greedy or pure temperature: logits stay sharded over the vocabulary
+and only maxima cross the mesh. `draw_full` does everything, on gathered logits. Both make the same bits for a row
+that both can serve, and what a row draws depends on its own record, logits, history and position alone.
 Nothing is clamped. A row with a NaN or infinity among its logits gets token 0 and finite False.
-Cost on two CPU cores for 16 points of 151,936 tokens: see the table in `draw_full`.
 Source: order and formulas of vLLM's sampler; Gumbel-max for the draw.
 """
 
@@ -27,7 +26,7 @@ HISTORY_TILE = 1024  # tokens of history counted at a time, up to the longest in
 
 
 class Drawn(NamedTuple):
-    """One entry a point; the fields of core/plan.py's StepResult. Zeros where a row asked for no log-probabilities."""
+    """One entry a point, as in core/plan.py's StepResult. Zeros where a row asked for no log-probabilities."""
 
     tokens_B: jax.Array  # int32
     finite_B: jax.Array  # bool
@@ -137,7 +136,7 @@ def _biased(x_BV: jax.Array, draws: Draws, position_B: jax.Array) -> jax.Array:
 def _counts(
     draws: Draws, history_RS: jax.Array, row_B: jax.Array, position_B: jax.Array, num_tokens: int
 ) -> jax.Array:
-    """int32 [2, B, V]: how often each token stands in the prompt (0) and in the output (1) of a point's sequence."""
+    """int32 [2, B, V]: how often a token stands in the prompt (0) and the output (1) of a point's sequence."""
     num_points, length = row_B.shape[0], history_RS.shape[1]
     tile = min(HISTORY_TILE, length)
     lines = jnp.arange(num_points)[:, None]
