@@ -109,6 +109,11 @@ def parse_json(content: bytes, origin: str) -> dict:
     return value
 
 
+def bare(name: str) -> str:
+    """A name for a message: escaped and cut as by `shown`, without quotes."""
+    return shown(name)[1:-1]
+
+
 def check_folder(path: Path) -> None:
     """Raises ModelError unless `path` is a folder that can be listed and holds something."""
     if path.is_symlink() and not path.exists():

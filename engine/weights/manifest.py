@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from engine.errors import ModelError, shown
-from engine.weights.files import open_file, parse_json, read_bytes
+from engine.weights.files import bare, open_file, parse_json, read_bytes
 from engine.weights.tensors import DTYPES
 
 FORMAT, VERSION = "serac artifact", 1
@@ -128,9 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
             field=MANIFEST,
         )
     try:
-        return _parse(value)
+        manifest = _parse(value)
+        contradiction = _contradiction(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / MANIFEST}: malformed: {type(error).__name__} {shown(str(error))}") from None
+    if contradiction:
+        raise ModelError(f"{folder / MANIFEST}: malformed: {contradiction}", field=MANIFEST)
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -171,16 +175,20 @@ def _parse(value: dict) -> Manifest:
         for name, entry in value["tensors"].items()
     }
     files = {name: StoredFile(entry["bytes"], tuple(entry["sha256"])) for name, entry in value["files"].items()}
-    for name in files:
+    return Manifest(str(value["revision"]), tensors, files)
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What in a manifest cannot be true, or None."""
+    for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ValueError(f"the path {name} leads out")
-    manifest = Manifest(str(value["revision"]), tensors, files)
-    for name, tensor in tensors.items():
+            return f"the file {bare(name)} leads out of the artifact"
+    for name, tensor in manifest.tensors.items():
         pairs = zip(tensor.shape, tensor.chunk, strict=True)
         if tensor.dtype not in DTYPES or any(chunk < 1 or size % chunk for size, chunk in pairs):
-            raise ValueError(f"{name} has dtype {tensor.dtype}, shape {tensor.shape}, chunk {tensor.chunk}")
+            return f"{bare(name)} has dtype {tensor.dtype}, shape {tensor.shape} and chunks of {tensor.chunk}"
     for name, _, file in manifest.chunks():
-        if file not in files or files[file].size != tensors[name].chunk_bytes:
-            raise ValueError(f"{file} of {name} is not listed with its size")
-    return manifest
+        if file not in manifest.files or manifest.files[file].size != manifest.tensors[name].chunk_bytes:
+            return f"{bare(name)}: its file {file} is not listed with {manifest.tensors[name].chunk_bytes} bytes"
+    return None

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.errors import ModelError, shown
-from engine.weights.files import OpenFile, open_file, parse_json, read_json
+from engine.weights.files import OpenFile, bare, open_file, parse_json, read_json
 from engine.weights.layout import Index
 from engine.weights.tensors import Tensor
 
@@ -71,7 +71,7 @@ class SafetensorsFiles:
                 self._open(folder / name, root)
             for name, file in (weight_map or {}).items():
                 if name not in self._places:
-                    raise ModelError(f"{shown(name)}: missing in {file}, where {INDEX} says it is", field=name)
+                    raise ModelError(f"{bare(name)}: missing in {file}, where {INDEX} says it is", field=name)
         except BaseException:
             self.close()
             raise
@@ -109,7 +109,7 @@ class SafetensorsFiles:
         end = start
         for name, entry in sorted(entries.items(), key=lambda item: _begin(item[1])):
             if name in self._places:
-                raise ModelError(f"{shown(name)}: in {path.name} and in {self._described[name].origin}", field=name)
+                raise ModelError(f"{bare(name)}: in {path.name} and in {self._described[name].origin}", field=name)
             place = _place(file, name, entry, start, end)
             end = place.offset + math.prod(place.shape) * place.dtype.itemsize
             self._places[name] = place
@@ -151,10 +151,10 @@ def _weight_map(folder: Path, root: Path) -> dict[str, str] | None:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
-                f"{folder / INDEX}: {shown(name)}: got {shown(file)}; expected a .safetensors beside it"
+                f"{folder / INDEX}: {bare(name)}: got {shown(file)}; expected a .safetensors beside it"
             )
         if file not in names:
-            raise ModelError(f"{folder / file}: missing; {INDEX} says that it holds {shown(name)}", field=file)
+            raise ModelError(f"{folder / file}: missing; {INDEX} says that it holds {bare(name)}", field=file)
     return weight_map
 
 
@@ -162,7 +162,7 @@ def _why_none(folder: Path, names: set[str]) -> str:
     pickled = sorted(name for name in names if Path(name).suffix in (".bin", ".pkl", ".pt", ".pth", ".ckpt"))
     if pickled:
         return (
-            f"{folder}: {shown(pickled[0])} is refused: pickled weights can run code; "
+            f"{folder}: {bare(pickled[0])} is refused: pickled weights can run code; "
             f"expected {SINGLE} or {INDEX} (convert with the safetensors library)"
         )
     return f"{folder}: no weights; expected {SINGLE}, {INDEX} or an artifact of `serac convert`"
@@ -193,7 +193,7 @@ def _begin(entry: object) -> int:
 
 def _place(file: OpenFile, name: str, entry: object, start: int, end: int) -> Place:
     """Checks one entry of a header whose data starts at `start` and whose previous tensor ended at `end`."""
-    at = f"{shown(name)} in {file.path.name}"
+    at = f"{bare(name)} in {file.path.name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{at}: header: expected dtype, shape and data_offsets", field=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

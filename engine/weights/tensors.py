@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from engine.errors import ConfigError, ModelError, shown, wrong
+from engine.errors import ConfigError, ModelError, wrong
 from engine.models.config import ModelConfig
+from engine.weights.files import bare
 from engine.weights.layout import Index, parameters
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
@@ -113,7 +114,7 @@ def _tolerated(name: str, config: ModelConfig) -> bool:
 def _check_tensor(name: str, found: Tensor, shape: tuple[int, ...]) -> None:
     if found.dtype not in DTYPES:
         raise ModelError(
-            wrong(f"{name} in {found.origin}", f"dtype {found.dtype}", f"dtype {', '.join(DTYPES)}"), field=name
+            f"{name} in {found.origin}: got dtype {found.dtype}; expected {', '.join(DTYPES)}", field=name
         )
     if found.shape != shape:
         hint = " (it is transposed)" if found.shape == shape[::-1] else ""
@@ -125,5 +126,5 @@ def _check_tensor(name: str, found: Tensor, shape: tuple[int, ...]) -> None:
 
 def _some(names: list[str]) -> str:
     """The first few of `names`, and how many more there are."""
-    text = ", ".join(shown(name)[1:-1] for name in names[:NAMES_SHOWN])
+    text = ", ".join(bare(name) for name in names[:NAMES_SHOWN])
     return text if len(names) <= NAMES_SHOWN else f"{text} and {len(names) - NAMES_SHOWN} more"

@@ -1,9 +1,12 @@
 """Small model folders for the tests of this package."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from engine.models.config import ModelConfig, from_hf
@@ -63,3 +66,9 @@ def write(folder: Path, weights: dict[str, np.ndarray] | None = None, files: int
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders() -> ModuleType:
+    """The functions above."""
+    return sys.modules[__name__]
