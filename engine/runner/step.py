@@ -42,7 +42,9 @@ class Points(NamedTuple):
     live_B: jax.Array  # bool
 
 
-def step_program(config: ModelConfig, sizes: Sizes, mesh: Mesh, weight_specs: Mapping, numerics: Numerics) -> Callable:
+def step_program(
+    config: ModelConfig, sizes: Sizes, mesh: Mesh, weight_specs: Mapping, numerics: Numerics
+) -> Callable:
     """`build(bucket)` makes a jitted (weights, state, draws, packed) -> (state, result); state is donated."""
     platform = mesh.devices.flat[0].platform
 
@@ -64,7 +66,15 @@ def step_program(config: ModelConfig, sizes: Sizes, mesh: Mesh, weight_specs: Ma
 
 
 def _step_local(
-    config: ModelConfig, sizes: Sizes, bucket: Bucket, numerics: Numerics, platform: str, weights, state, draws, packed_B6
+    config: ModelConfig,
+    sizes: Sizes,
+    bucket: Bucket,
+    numerics: Numerics,
+    platform: str,
+    weights,
+    state,
+    draws,
+    packed_B6,
 ) -> tuple[State, jax.Array]:
     row_B, start_B, count_B = packed_B6[:, ROW], packed_B6[:, START], packed_B6[:, COUNT]
     table_RM = _new_blocks(state.table_RM, packed_B6, sizes)
