@@ -107,7 +107,7 @@ def from_hf(config: Mapping[str, object]) -> ModelConfig:
 
 def _architecture(config: Mapping[str, object]) -> str:
     names = config.get("architectures", "nothing (the key is absent)")
-    if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
+    if isinstance(names, list) and names in [[name] for name in ARCHITECTURES]:
         return str(names[0])
     message = wrong("architectures", names, f"a list of one of {', '.join(ARCHITECTURES)}")
     raise ModelError(message, field="architectures")
