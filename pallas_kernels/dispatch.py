@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 
-from pallas_kernels import reference
+from pallas_kernels import ragged
 from pallas_kernels.blocks import write_kv
 from pallas_kernels.rows import Rows
 
@@ -33,4 +33,5 @@ def attention(
     platform    that of the mesh's devices ("cpu", "gpu", ...)
     Returns [T, N, H] in q's dtype, summed in float32.
     """
-    return reference.attention(q_TNH, k_PKCH, v_PKCH, rows, base=base, scale=scale, window=window)
+    shared = {"base": base, "scale": scale, "window": window}
+    return ragged.attention(q_TNH, k_PKCH, v_PKCH, rows, one_token=one_token, platform=platform, **shared)

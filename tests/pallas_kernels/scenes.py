@@ -53,3 +53,8 @@ def relative_error(o_TNH, ref_TNH):
     return float(
         np.where(size_T > 0, off_T / np.where(size_T > 0, size_T, 1), np.where(off_T == 0, 0, np.inf)).max()
     )
+
+
+def stored(pool_PKCH):
+    """The pool as CPUs hold it: bfloat16 as uint16, anything else unchanged."""
+    return pool_PKCH.view(np.uint16) if pool_PKCH.dtype == ml_dtypes.bfloat16 else pool_PKCH

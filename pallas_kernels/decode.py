@@ -1,0 +1,198 @@
+"""Attention of rows with one token each, in XLA: work follows the sum of the rows' lengths, not the table or the pool.
+
+Every row's visible positions are cut into tiles of s positions (m blocks). The tiles of all rows form one
+list, and a loop takes W of them at a time, whatever rows they belong to:
+
+    row 0 |####|##--|          list   0.0 0.1 | 1.0 1.1 | 1.2 2.0 |      (W = 2)
+    row 1 |####|####|#---|     each   scores -> softmax of the tile alone -> weighted sum of values
+    row 2 |##--|               then   merged into the row's running (top, mass, total) by log-sum-exp
+
+The rows of a group stand side by side in the list, so their running state is one slice of W places.
+
+Cost: the keys and values of the tiles, read once, plus a few microseconds for each group. On CPU a group
+holds about 1 MiB of keys, so that it stays in the second-level cache between the gather and the products.
+Source: FlashDecoding (split over positions, merge by log-sum-exp), as a work list.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.rows import as_numbers
+
+TILE = 64  # positions, unless a block is longer
+GROUP_BYTES = 1 << 20
+MAX_GROUP = 16
+LANES = 16  # float32 values in a 512-bit register
+NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
+
+
+class Tiles(NamedTuple):
+    """The list of tiles of all rows."""
+
+    end_B: jax.Array  # tiles of rows 0..b together
+    begin_B: jax.Array  # the row's first tile in the list
+    skipped_B: jax.Array  # tiles before the window
+    place_B: jax.Array  # rows that have tiles, numbered without gaps
+    lengths_B: jax.Array
+    blocks_BM: jax.Array  # block indices in the whole pool, padded to whole tiles
+
+
+class Group(NamedTuple):
+    """W tiles of the list."""
+
+    row_W: jax.Array
+    place_W: jax.Array
+    live_W: jax.Array  # false past the end of the list
+    blocks_Wm: jax.Array
+    positions_Ws: jax.Array
+
+
+class Partial(NamedTuple):
+    """Attention over some positions, not yet divided by its mass."""
+
+    total_WKGH: jax.Array
+    top_WKG: jax.Array
+    mass_WKG: jax.Array
+
+
+def attend(
+    q_BNH: jax.Array,
+    k_PKCH: jax.Array,
+    v_PKCH: jax.Array,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    base: int | jax.Array,
+    scale: float,
+    window: int | None,
+    platform: str,
+) -> jax.Array:
+    """Row b attends to the last `window` (or all) of its positions 0..lengths_b - 1; length 0 gives 0.
+
+    Returns [B, N, H] in float32.
+    """
+    B, N, H = q_BNH.shape
+    _, K, C, _ = k_PKCH.shape
+    m = max(1, TILE // C)
+    W = group_size(B * -(-table_BM.shape[1] // m), m * K * C * H * k_PKCH.dtype.itemsize)
+    q_BKGH = (q_BNH.astype(jnp.float32) * scale).reshape(B, K, N // K, H)
+    tiles = list_tiles(table_BM + base, lengths_B, window, m, C)
+    elementwise = platform == "cpu" and N // K <= 4 and H % LANES == 0
+
+    def step(carry):
+        first, state = carry
+        group = take(tiles, first, W, m, C)
+        seen_Ws = group.positions_Ws < tiles.lengths_B[group.row_W][:, None]
+        if window is not None:
+            seen_Ws &= group.positions_Ws >= (tiles.lengths_B[group.row_W] - window)[:, None]
+        seen_Ws &= group.live_W[:, None]
+        k_WmKCH, v_WmKCH = (as_numbers(pool[group.blocks_Wm]) for pool in (k_PKCH, v_PKCH))
+        scores = scores_elementwise if elementwise else scores_dot
+        part = weigh(scores(q_BKGH[group.row_W], k_WmKCH, platform), v_WmKCH, seen_Ws, platform)
+        return first + W, merge(state, part, group)
+
+    places = B + W
+    empty = Partial(
+        jnp.zeros((places, K, N // K, H)), jnp.full((places, K, N // K), NOTHING), jnp.zeros((places, K, N // K))
+    )
+    _, state = lax.while_loop(lambda carry: carry[0] < tiles.end_B[-1], step, (jnp.int32(0), empty))
+    o_BKGH = state.total_WKGH / jnp.where(state.mass_WKG > 0, state.mass_WKG, 1)[..., None]
+    return jnp.where((lengths_B > 0)[:, None, None], o_BKGH[tiles.place_B].reshape(B, N, H), 0)
+
+
+def group_size(max_tiles: int, tile_bytes: int) -> int:
+    """How many tiles a group holds: about GROUP_BYTES of keys, never more than there can be."""
+    return max(1, min(GROUP_BYTES // tile_bytes, MAX_GROUP, max_tiles))
+
+
+def list_tiles(blocks_BM: jax.Array, lengths_B: jax.Array, window: int | None, m: int, C: int) -> Tiles:
+    """Cut each row's visible positions into tiles of m blocks of C positions."""
+    s = m * C
+    blocks_BM = jnp.pad(blocks_BM, ((0, 0), (0, -blocks_BM.shape[1] % m)))
+    skipped_B = jnp.zeros_like(lengths_B) if window is None else jnp.maximum(lengths_B - window, 0) // s
+    count_B = -(-lengths_B // s) - skipped_B
+    end_B = jnp.cumsum(count_B)
+    return Tiles(end_B, end_B - count_B, skipped_B, jnp.cumsum(count_B > 0) - 1, lengths_B, blocks_BM)
+
+
+def take(tiles: Tiles, first: jax.Array, W: int, m: int, C: int) -> Group:
+    """Tiles first..first + W - 1 of the list; those past its end are dead and read block 0."""
+    index_W = first + jnp.arange(W, dtype=jnp.int32)
+    live_W = index_W < tiles.end_B[-1]
+    last = tiles.end_B.shape[0] - 1
+    row_W = jnp.minimum(jnp.sum(tiles.end_B <= index_W[:, None], axis=1), last).astype(jnp.int32)
+    tile_W = jnp.where(live_W, index_W - tiles.begin_B[row_W] + tiles.skipped_B[row_W], 0)
+    blocks_Wm = tiles.blocks_BM[row_W[:, None], tile_W[:, None] * m + jnp.arange(m)]
+    blocks_Wm = jnp.where(live_W[:, None], blocks_Wm, 0)
+    positions_Ws = tile_W[:, None] * (m * C) + jnp.arange(m * C)
+    return Group(row_W, tiles.place_B[row_W], live_W, blocks_Wm, positions_Ws)
+
+
+def scores_dot(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
+    """[W, K, G, s]; the shape in which dots serve best: many query heads to a kv head."""
+    W, m, K, C, _ = k_WmKCH.shape
+    wide = jnp.float32 if platform == "cpu" else k_WmKCH.dtype  # narrow dots need instructions a CPU may lack
+    scores = jnp.einsum(
+        "WKGH,WmKCH->WKGmC", q_WKGH.astype(wide), k_WmKCH.astype(wide), preferred_element_type=jnp.float32
+    )
+    return scores.reshape(W, K, -1, m * C)
+
+
+def scores_elementwise(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
+    """[W, K, G, s] without a dot: XLA's CPU dots take 3 times as long when a kv head has two query heads.
+
+    Products are added in LANES lanes, one vector register, and the lanes by halving.
+    """
+    W, m, K, C, H = k_WmKCH.shape
+    k_WmKC1H = k_WmKCH.astype(jnp.float32)[:, :, :, :, None]
+    q_W1K1GH = q_WKGH[:, None, :, None]
+    lanes = sum(
+        k_WmKC1H[..., h : h + LANES] * q_W1K1GH[..., h : h + LANES] for h in range(0, H, LANES)
+    )  # [W, m, K, C, G, LANES]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0].transpose(0, 2, 4, 1, 3).reshape(W, K, -1, m * C)
+
+
+def weigh(scores_WKGs: jax.Array, v_WmKCH: jax.Array, seen_Ws: jax.Array, platform: str) -> Partial:
+    """Softmax of each tile alone, and its sum of values."""
+    W, m, K, C, H = v_WmKCH.shape
+    seen_W11s = seen_Ws[:, None, None]
+    top_WKG = jnp.max(jnp.where(seen_W11s, scores_WKGs, NOTHING), axis=-1)
+    weights_WKGs = jnp.where(seen_W11s, jnp.exp(scores_WKGs - top_WKG[..., None]), 0)
+    # Where nothing was written there may be NaN, and 0 * NaN is NaN.
+    v_WmKCH = jnp.where(seen_Ws.reshape(W, m, 1, C, 1), v_WmKCH, 0)
+    wide = jnp.float32 if platform == "cpu" else v_WmKCH.dtype
+    weights_WKGmC = weights_WKGs.reshape(W, K, -1, m, C).astype(wide)
+    total_WKGH = jnp.einsum(
+        "WKGmC,WmKCH->WKGH", weights_WKGmC, v_WmKCH.astype(wide), preferred_element_type=jnp.float32
+    )
+    return Partial(total_WKGH, top_WKG, jnp.sum(weights_WKGs, axis=-1))
+
+
+def merge(state: Partial, part: Partial, group: Group) -> Partial:
+    """Add a group's tiles to the running state of their rows.
+
+    The group's rows have neighbouring places, so W places from that of its first tile hold them all.
+    """
+    W = group.place_W.shape[0]
+    first = group.place_W[0]
+    old = Partial(*(lax.dynamic_slice_in_dim(array, first, W) for array in state))
+    mine_xW = (group.place_W - first == jnp.arange(W)[:, None]) & group.live_W  # x: the W places
+    mine_xWKG = mine_xW[:, :, None, None]
+    top_xKG = jnp.maximum(old.top_WKG, jnp.max(jnp.where(mine_xWKG, part.top_WKG, NOTHING), axis=1))
+    keep_xKG = jnp.exp(old.top_WKG - top_xKG)
+    share_xWKG = jnp.where(mine_xWKG, jnp.exp(part.top_WKG - top_xKG[:, None]), 0)
+    total_xKGH = jnp.einsum("xWKG,WKGH->xKGH", share_xWKG, part.total_WKGH)
+    new = Partial(
+        old.total_WKGH * keep_xKG[..., None] + total_xKGH,
+        top_xKG,
+        old.mass_WKG * keep_xKG + jnp.sum(share_xWKG * part.mass_WKG, axis=1),
+    )
+    return Partial(
+        *(lax.dynamic_update_slice_in_dim(array, piece, first, 0) for array, piece in zip(state, new, strict=True))
+    )

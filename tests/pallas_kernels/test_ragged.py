@@ -1,0 +1,122 @@
+"""The XLA path against float64: every head width, ragged rows, windows, poisoned blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import dispatch, reference
+from tests.pallas_kernels import ref64, scenes
+
+LIMIT = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "one_token"))
+def fast(q_TNH, k_PKCH, v_PKCH, rows, base, *, scale, window, one_token):
+    return dispatch.attention(
+        q_TNH, k_PKCH, v_PKCH, rows, base=base, scale=scale, window=window, numerics="fast", one_token=one_token
+    )
+
+
+def error(drawn, *, window=None, one_token=False, attention=fast):
+    q_TNH, k_PKCH, v_PKCH, rows, base = drawn
+    scale = q_TNH.shape[-1] ** -0.5
+    pools = [scenes.stored(pool) for pool in (k_PKCH, v_PKCH)]
+    o_TNH = attention(q_TNH, *pools, rows, base, scale=scale, window=window, one_token=one_token)
+    assert o_TNH.dtype == q_TNH.dtype
+    ref_TNH = ref64.attention(q_TNH, k_PKCH, v_PKCH, rows, base=base, scale=scale, window=window)
+    return scenes.relative_error(o_TNH, ref_TNH)
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_one_token_rows_of_any_length_agree_with_float64(dtype, window):
+    rng = np.random.default_rng(1)
+    lengths = [0, 1, 15, 16, 17, 63, 64, 65, 0, 130, 200]
+    drawn = scenes.one_token_scene(rng, lengths=lengths, N=4, K=2, H=32, C=16, dtype=dtype)
+    assert error(drawn, window=window, one_token=True) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_chunks_with_a_prefix_beside_single_tokens_agree_with_float64(dtype, window):
+    rng = np.random.default_rng(2)
+    spans = [(0, 70), (40, 1), (100, 30), (0, 1), (15, 2), (128, 17)]
+    drawn = scenes.scene(rng, spans=spans, N=4, K=2, H=32, C=16, dtype=dtype, padding=(9, 2))
+    assert error(drawn, window=window) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize(
+    "N, K, H, C",
+    [(1, 1, 32, 16), (8, 1, 80, 32), (3, 3, 96, 16), (4, 2, 128, 64), (6, 2, 256, 128), (16, 2, 64, 64)],
+)
+def test_every_head_width_and_grouping_agrees_with_float64(N, K, H, C):
+    rng = np.random.default_rng(3)
+    shape = {"N": N, "K": K, "H": H, "C": C}
+    assert error(scenes.one_token_scene(rng, lengths=[150, 3], **shape), one_token=True) <= 1e-5
+    assert error(scenes.scene(rng, spans=[(140, 5), (9, 1), (0, 12)], **shape)) <= 1e-5
+
+
+def test_rows_may_share_blocks():
+    rng = np.random.default_rng(4)
+    q_TNH, k_PKCH, v_PKCH, rows, base = scenes.one_token_scene(rng, lengths=[40, 40, 37], N=4, K=2, H=32, C=16)
+    table_BM = rows.table_BM.copy()
+    table_BM[1:, :2] = table_BM[0, :2]
+    assert error((q_TNH, k_PKCH, v_PKCH, rows._replace(table_BM=table_BM), base), one_token=True) <= 1e-5
+
+
+def test_a_step_of_padding_alone_gives_zeros():
+    rng = np.random.default_rng(5)
+    drawn = scenes.scene(rng, spans=[(0, 0)], N=4, K=2, H=32, C=16, padding=(4, 3))
+    assert error(drawn) == 0
+    assert error(drawn, one_token=True) == 0
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_random_steps_agree_with_float64(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    K, G = data.draw(st.sampled_from([(1, 1), (2, 3), (1, 6), (4, 2)]), label="K, G")
+    C = data.draw(st.sampled_from([16, 32, 48, 64]), label="C")
+    spans = data.draw(
+        st.lists(st.tuples(st.integers(0, 150), st.sampled_from([0, 1, 1, 2, 7, 40, 90])), min_size=1, max_size=5)
+    )
+    window = data.draw(st.sampled_from([None, 1, 17, 64, 1000]), label="window")
+    drawn = scenes.scene(rng, spans=spans, N=K * G, K=K, H=32, C=C, padding=(3, 1))
+    assert error(drawn, window=window) <= 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_reference_agrees_with_float64(window):
+    def slow(q_TNH, k_PKCH, v_PKCH, rows, base, *, scale, window, one_token):
+        arrays = jax.tree.map(jnp.asarray, (q_TNH, k_PKCH, v_PKCH, rows))
+        return reference.attention(*arrays, base=base, scale=scale, window=window)
+
+    rng = np.random.default_rng(6)
+    drawn = scenes.scene(rng, spans=[(0, 20), (31, 1), (30, 9)], N=4, K=2, H=32, C=16, padding=(3, 1))
+    assert error(drawn, window=window, attention=slow) <= 1e-5
+
+
+@pytest.mark.parametrize("one_token", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "uint16"])
+def test_the_pool_is_never_copied(one_token, kind):
+    P, K, C, H, T, B = 4096, 2, 16, 32, 8, 8
+    pool = jax.ShapeDtypeStruct((P, K, C, H), kind)
+    integers = [jax.ShapeDtypeStruct((B,), "int32")] * 3 + [jax.ShapeDtypeStruct((B, 16), "int32")]
+    q_TNH = jax.ShapeDtypeStruct((T, 4, H), "float32")
+    compiled = fast.lower(
+        q_TNH, pool, pool, dispatch.Rows(*integers), 0, scale=0.1, window=None, one_token=one_token
+    ).compile()
+    pool_bytes = P * K * C * H * np.dtype(kind).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
+    made = [
+        line
+        for line in compiled.as_text().splitlines()
+        if f" = {'f32' if kind == 'float32' else 'u16'}[{P}," in line
+    ]
+    assert all(" parameter(" in line or " get-tuple-element(" in line for line in made), made
+    assert f"bf16[{P}," not in compiled.as_text()
