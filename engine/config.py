@@ -112,7 +112,9 @@ class Settings:
     model: str = row("embedded", TEXT, "a model folder, ORG/NAME in the local Hugging Face cache, or embedded")
     mesh: str = row("auto", TEXT, "devices: tp=4, dp=2,tp=4, a count, or auto")
     device: str = row("auto", one_of("auto", "cpu", "gpu"), "what to run on; auto takes the GPUs that are there")
-    dtype: str = row("auto", one_of("auto", "float32", "bfloat16"), "of weights and KV; auto suits the device")
+    dtype: str = row(
+        "auto", one_of("auto", "float32", "bfloat16", "float16"), "of weights and KV; auto suits the device"
+    )
     max_model_len: int | None = row(None, COUNT, "longest sequence, prompt and output; at most the model's context")
     kv_memory: int | None = row(None, BYTES, "bytes of each device for KV blocks")
     block_size: int | None = row(None, BLOCK, "positions in a KV block")
@@ -124,6 +126,7 @@ class Settings:
     )
     prefix_cache: bool = row(True, SWITCH, "share the blocks of equal prompt beginnings")
     allow_non_finite: bool = row(False, SWITCH, "load weights that hold NaN or infinity")
+    download: bool = row(False, SWITCH, "fetch ORG/NAME from the Hugging Face hub when it is not in the cache")
     compile_cache: Path | None = row(
         None, PATH, "folder of compiled programs, mode 0700; default: in the user's cache"
     )

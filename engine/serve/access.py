@@ -1,7 +1,7 @@
 """Who may connect: addresses that are safe to listen on, TLS, bearer tokens.
 
-Loopback needs nothing. Any other address needs TLS, a token or the flag that says otherwise. Tokens are kept as sha256
-digests and compared in constant time, all of them, whatever the first ones say.
+Loopback needs nothing. Any other address needs TLS, a token or the flag that says otherwise. Tokens are kept as
+sha256 digests and compared in constant time, all of them, whatever the first ones say.
 """
 
 import hashlib

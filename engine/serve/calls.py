@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from engine.errors import InvalidArgument, wrong
@@ -20,6 +21,13 @@ Parameter = float | str | bytes | Sequence[str] | Sequence[int] | Mapping[int, f
 SAMPLING = frozenset(pb.Sampling.DESCRIPTOR.fields_by_name)
 STOPPING = frozenset(pb.Stopping.DESCRIPTOR.fields_by_name)
 OTHERS = frozenset({"request_id", "model", "skip_special_tokens", "add_special_tokens", "cache_salt", "adapter"})
+KINDS = {
+    FieldDescriptor.CPPTYPE_INT64: "an integer in -2^63..2^63-1",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_BOOL: "true or false",
+    FieldDescriptor.CPPTYPE_STRING: "text",
+    FieldDescriptor.CPPTYPE_MESSAGE: "a mapping of token id to number",
+}
 OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -156,8 +164,8 @@ def _write(part: Message, name: str, value: Parameter) -> None:
         else:
             setattr(part, name, value)
     except (TypeError, ValueError, AttributeError):
-        kind = part.DESCRIPTOR.fields_by_name[name]
-        raise InvalidArgument(wrong(name, value, f"what the wire calls {kind.cpp_type_name}"), field=name) from None
+        expected = KINDS[part.DESCRIPTOR.fields_by_name[name].cpp_type]
+        raise InvalidArgument(wrong(name, value, expected), field=name) from None
 
 
 def _unknown(name: str) -> str:

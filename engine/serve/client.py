@@ -1,14 +1,14 @@
-"""Clients of a server: `Client` waits, `AsyncClient` awaits; both speak serac.v1 and raise classes of engine.errors.
+"""Clients of a server: `Client` waits, `AsyncClient` awaits; both speak serac.v1 and raise engine.errors.
 
     with Client("127.0.0.1:50051") as client:
         for part in client.stream("def add(a, b):", max_tokens=32):
             print(part.text, end="", flush=True)
 
-Leaving a stream before its end cancels it, which frees its blocks on the server. Keyword arguments of `generate` and
-`stream` are the fields of Sampling, Stopping and GenerateRequest; `timeout_s` is the deadline of the whole call.
+Leaving a stream before its end cancels it, which frees its blocks on the server. Keyword arguments of `generate`
+and `stream` are the fields of Sampling, Stopping and GenerateRequest; `timeout_s` is the deadline of the call.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor

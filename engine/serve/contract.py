@@ -56,7 +56,7 @@ class Usage(Protocol):
 
 
 class Finish(Protocol):
-    """Why a choice ended: reason is stop, length, abort, deadline or error. `stop` is the string or token matched."""
+    """Why a choice ended: stop, length, abort, deadline or error. `stop` is the string or token that matched."""
 
     reason: str
     stop: str | int | None

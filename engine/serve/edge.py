@@ -69,7 +69,7 @@ def guarded(name: str, answer: Method) -> Callable[[Message | SeracError, Call],
 
 
 def _unexpected(name: str, error: Exception, request_id: str) -> SeracError:
-    """What the client learns of a bug: an id. The log line holds where it happened, never a message with content."""
+    """What the client learns of a bug: an id. The log line says where it happened, and no content."""
     incident = uuid.uuid4().hex[:16]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

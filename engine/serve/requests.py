@@ -1,7 +1,7 @@
 """A message of a client -> the core's Request. Fields left out take the model's defaults, then the core's.
 
-What a field may hold is decided by core.request.check_request, which the replica calls with its own limits; here stand
-the checks that need the message: its prompt, its names, its salt.
+What a field may hold is decided by core.request.check_request, which the replica calls with its own limits; here
+stand the checks that need the message: its prompt, its names, its salt.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def is_long(message: Generate | pb.TokenizeRequest) -> bool:
 
 
 def prompt_ids(message: Generate | pb.TokenizeRequest, text: Text, context: int) -> list[int]:
-    """The prompt as token ids. `context`: a text that surely has more tokens is refused without encoding all of it."""
+    """The prompt as token ids. A text that surely has more than `context` is refused before all is encoded."""
     kind = message.WhichOneof("prompt")
     if kind == "token_ids":
         return list(message.token_ids.ids)

@@ -2,8 +2,8 @@
 
     start() -> serving -> drain(): not ready, new calls refused, open ones finish or are cut off -> stop()
 
-Both listeners stand on loopback by default. Clients may ping each 10 s, with or without a call: without these options
-a quiet stream dies of `too_many_pings`.
+Both listeners stand on loopback by default. Clients may ping each 10 s, with or without a call: without these
+options a quiet stream dies of `too_many_pings`.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
 """Generates the Python code of `serac.v1` and makes its imports ours: `python -m engine.serve.proto.generate`.
 
 The code is made by one old, pinned grpcio-tools in an environment that lives for the run, because generated code
-refuses a protobuf runtime older than its generator: gencode 6.31 imports under protobuf 6.31 and every later 6 and 7.
-Only messages are generated. Services are tables (engine/serve/methods.py), so no generated file pins grpcio.
+refuses a protobuf runtime older than its generator: gencode 6.31 imports under protobuf 6.31 and later, and 7. Only
+messages are generated; handlers come from descriptors (engine/serve/edge.py), so that nothing pins grpcio.
 """
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
@@ -23,9 +24,11 @@ OURS = "from engine.serve.proto.serac.v1 import"
 
 def install(folder: Path) -> Path:
     """A Python with the pinned generator, in `folder`. Raises CalledProcessError when it cannot be installed."""
-    venv.create(folder, with_pip=True, clear=True)
+    ours = importlib.util.find_spec("pip") is not None
+    venv.create(folder, with_pip=not ours, clear=True)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TOOL]
+    pip = [sys.executable, "-m", "pip", "--python", python] if ours else [python, "-m", "pip"]
+    command = [*pip, "install", "--quiet", "--disable-pip-version-check", "--no-compile", TOOL]
     subprocess.run(command, check=True, capture_output=True)
     return python
 

@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from engine.clock import SystemClock
 from engine.core.request import Limits, Request, check_request
 from engine.errors import AlreadyExists, SeracError
+from engine.serve.client import AsyncClient
+from engine.serve.server import Listen, Server
 
 
 @dataclass
@@ -99,7 +103,7 @@ class FakeStream:
 
 
 class FakeReplica:
-    """Also the `streams` of a server. `step_s` None: tests push deltas; else a task writes the prompt's next letters."""
+    """Also the `streams` of a server. `step_s` None: tests push deltas; else a task writes the alphabet."""
 
     def __init__(self, step_s: float | None = None, info: Info | None = None):
         self.info, self.text = info or Info(), Characters()
@@ -158,3 +162,23 @@ class FakeReplica:
 
 def done(request: Request, tokens: int, reason: str = "length", **rest) -> Finish:
     return Finish(reason, Usage(len(request.prompt_ids), tokens), **rest)
+
+
+@asynccontextmanager
+async def serving(replica: FakeReplica, **listen):
+    """A server of `replica` on free loopback ports, and a client of both listeners."""
+    server = Server(replica, replica, Listen(port=0, admin_port=0, **listen), SystemClock(), version="1")
+    addresses = await server.start()
+    try:
+        async with AsyncClient(addresses[0], admin=addresses[1]) as client:
+            client.addresses, client.server = addresses, server
+            yield client
+    finally:
+        await server.stop()
+
+
+async def until(condition, timeout_s: float = 5.0) -> None:
+    """Wait for something that another task brings about."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)

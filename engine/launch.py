@@ -1,0 +1,82 @@
+"""`serac serve`: settings -> a replica -> its gRPC server, until it is drained.
+
+    addresses checked -> model loaded, programs compiled -> listening -> banner -> drained -> 0
+
+Whatever is wrong with an address, a port or a key is said before a model is read.
+"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+from engine import banner
+from engine.clock import SystemClock
+from engine.config import Settings
+from engine.observe import logs
+from engine.progress import progress
+from engine.replica import build
+from engine.replica.replica import Replica
+from engine.replica.streams import Streams
+from engine.serve import process
+from engine.serve.access import Access
+from engine.serve.server import Listen, Server
+
+BYTES = "_bytes"
+
+
+def listen_of(settings: Settings) -> Listen:
+    """Where and how to listen."""
+    access = Access(settings.token_file, settings.tls_cert, settings.tls_key, settings.insecure_allow_remote)
+    return Listen(
+        host=settings.host,
+        port=settings.port,
+        admin_host=settings.admin_host,
+        admin_port=settings.admin_port,
+        access=access,
+        max_message_bytes=settings.max_message_size,
+        max_calls=settings.max_calls,
+        stall_s=settings.stall,
+        drain_s=settings.drain,
+    )
+
+
+def serve(settings: Settings, version: str, out: TextIO) -> int:
+    """Serve until drained; the banner goes to `out`. Returns the exit code."""
+    logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json")
+    listen = listen_of(settings)
+    listen.check()
+    with progress(sys.stderr) as bar:
+        replica = build.replica(settings, bar.show)
+    replica.start()
+    try:
+        return asyncio.run(_serve(replica, listen, version, out))
+    finally:
+        replica.stop()
+        logging.getLogger("serac").info("left")
+
+
+async def _serve(replica: Replica, listen: Listen, version: str, out: TextIO) -> int:
+    facts = {name: banner.readable(value) for name, value in replica.describe.items()}
+    server = Server(replica, Streams(replica), listen, SystemClock(), version=version, facts=facts)
+
+    def announce(public: str, admin: str) -> None:
+        info = replica.info
+        addresses = {"grpc": public, "admin": admin}
+        banner.show(f"serac {version} {info.name}", addresses | shown(replica.describe, out.isatty()), out)
+
+    return await process.run(server, announce)
+
+
+def shown(facts: Mapping[str, object], to_person: bool) -> dict[str, object]:
+    """The facts of a replica for the banner; for a person, bytes in units and memory in one line."""
+    if not to_person:
+        return dict(facts)
+    memory = {
+        name.removesuffix(BYTES): banner.size(value)
+        for name, value in facts.items()
+        if name.endswith(BYTES) and isinstance(value, (int, float))
+    }
+    rest = {name: value for name, value in facts.items() if not name.endswith(BYTES)}
+    return rest | {"memory of a device": memory}
