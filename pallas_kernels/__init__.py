@@ -1,1 +1,1 @@
-"""Attention over paged keys and values: what it means (`reference`), how each platform computes it, and who picks (`dispatch`)."""
+"""Attention over paged keys and values: its meaning, the computation per platform, and who picks between them."""

@@ -1,4 +1,4 @@
-"""Attention of rows with one token each, in XLA: work follows the sum of the rows' lengths, not the table or the pool.
+"""Attention of rows with one token each, in XLA: work follows the sum of the lengths, not the table or the pool.
 
 Every row's visible positions are cut into tiles of s positions (m blocks). The tiles of all rows form one
 list, and a loop takes W of them at a time, whatever rows they belong to:

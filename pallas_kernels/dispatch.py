@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 
-from pallas_kernels import ragged
+from pallas_kernels import ordered, ragged
 from pallas_kernels.blocks import write_kv
 from pallas_kernels.rows import Rows
 
@@ -34,4 +34,6 @@ def attention(
     Returns [T, N, H] in q's dtype, summed in float32.
     """
     shared = {"base": base, "scale": scale, "window": window}
+    if numerics == "invariant":
+        return ordered.attention(q_TNH, k_PKCH, v_PKCH, rows, **shared)
     return ragged.attention(q_TNH, k_PKCH, v_PKCH, rows, one_token=one_token, platform=platform, **shared)

@@ -1,4 +1,4 @@
-"""Attention and the writing of blocks in float64 NumPy, one loop per token: written apart from the code it judges."""
+"""Attention and the writing of blocks in float64 NumPy, one loop per token: written apart from what it judges."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Random steps for the tests: rows of any lengths over shuffled blocks, with NaN wherever nothing was ever written."""
+"""Random steps for the tests: rows of any lengths over shuffled blocks, NaN wherever nothing was ever written."""
 
 import ml_dtypes
 import numpy as np
