@@ -1,0 +1,32 @@
+"""`python -m bench NAME [options]`: runs one measurement; without a name, lists them.
+
+A bench is a row of BENCHES and a module with `main(arguments) -> exit code`. It is imported when it is asked for, as
+each sets up the environment of JAX before JAX starts.
+"""
+
+import importlib
+import sys
+
+BENCHES = {
+    "mesh": "one row a mesh size: speed, collectives, memory beside the plan, equal tokens",
+    "host": "what a step costs the host while the device does nothing",
+    "decode": "the CPU decode step beside the time of reading the weights once",
+    "load": "an artifact's load against that of a safetensors folder",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the bench named first in `arguments`."""
+    if arguments and arguments[0] in BENCHES:
+        return importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+    wanted = arguments and arguments[0] not in ("-h", "--help")
+    out = sys.stderr if wanted else sys.stdout
+    if wanted:
+        print(f"bench: got {arguments[0]!r:.64}; expected one of {', '.join(BENCHES)}", file=out)
+    lines = [f"  {name:<10}{words}" for name, words in BENCHES.items()]
+    print("\n".join(["usage: python -m bench NAME [options]; NAME --help says which", *lines]), file=out)
+    return 2 if wanted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
