@@ -26,6 +26,7 @@ from engine.models.config import ModelConfig, from_hf
 from engine.observe.metrics import Metrics
 from engine.replica.lane import Lane
 from engine.replica.replica import ModelInfo, Replica
+from engine.runner.buckets import COARSE, FINE, buckets
 from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes, pool_dtype
 from engine.text.text import Text
@@ -111,7 +112,8 @@ def _runner(
         progress=lambda done, total: progress("loading weights", done, total),
     )
     model = Model(config, weights, mesh, choices.dtype, settings.numerics)
-    runner = Runner(model, choices.sizes, choices.max_tokens)
+    most = COARSE if mesh.devices.flat[0].platform == "cpu" else FINE
+    runner = Runner(model, choices.sizes, buckets(choices.sizes.max_rows, choices.max_tokens, most))
     runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total))
     return runner
 

@@ -71,12 +71,13 @@ class Lane:
         while self._commands:
             self._commands.popleft()(scheduler)
         plan = scheduler.plan(self._clock.now()) if len(scheduler.flights) < IN_FLIGHT else None
+        busy = plan is not None or bool(scheduler.flights)
         if plan is not None:
             self._launch(plan)
         elif scheduler.flights:
             self._collect()
         self._flush()
-        busy = plan is not None or bool(scheduler.flights) or bool(self._commands)
+        busy |= bool(self._commands)
         if not busy and not self._checked:
             scheduler.check()
         self._checked = not busy

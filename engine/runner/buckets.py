@@ -3,14 +3,16 @@
     decode   T = B tokens, every row computes one and draws one
     mixed    T tokens of chunks and decodes together, at most B = min(T, rows) rows and points
 
-Each comes plain (greedy or pure temperature) and full (everything else), so there are twice as many programs as
-buckets; `MOST` keeps that at 24. The steps between buckets are wider where more would be needed: the largest bucket
-always holds the largest step, and padding costs at most what the next bucket is larger.
+Each shape comes plain (greedy or pure temperature) and full (everything else). There are at most 24 programs; the
+steps between shapes are wider where more would be needed. The largest always holds the largest step, and padding
+costs at most what the next shape is larger. On CPU, where compiling takes seconds of the cores that serve, there are
+fewer (`COARSE`).
 """
 
 from typing import NamedTuple
 
-MOST_DECODE, MOST_MIXED = 7, 5
+FINE, COARSE = (7, 5), (3, 2)  # most decode shapes, most mixed shapes
+SMALLEST_MIXED = 16
 
 
 class Bucket(NamedTuple):
@@ -38,15 +40,11 @@ def ladder(smallest: int, largest: int, most: int) -> tuple[int, ...]:
         factor *= 2
 
 
-def buckets(max_rows: int, max_tokens: int) -> tuple[Bucket, ...]:
+def buckets(max_rows: int, max_tokens: int, most: tuple[int, int] = FINE) -> tuple[Bucket, ...]:
     """Every bucket of a lane, cheapest first within its kind."""
-    decode = [Bucket(size, size, True, full) for size in ladder(1, max_rows, MOST_DECODE) for full in (False, True)]
-    mixed = [
-        Bucket(size, min(size, max_rows), False, full)
-        for size in ladder(min(16, max_tokens), max_tokens, MOST_MIXED)
-        for full in (False, True)
-    ]
-    return (*decode, *mixed)
+    decode, mixed = ladder(1, max_rows, most[0]), ladder(min(SMALLEST_MIXED, max_tokens), max_tokens, most[1])
+    shapes = [(size, size, True) for size in decode] + [(size, min(size, max_rows), False) for size in mixed]
+    return tuple(Bucket(*shape, full) for shape in shapes for full in (False, True))
 
 
 def fitting(choices: tuple[Bucket, ...], num_tokens: int, num_rows: int, one_token: bool, full: bool) -> Bucket:

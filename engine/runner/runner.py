@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import DeviceError
 from engine.models.config import ModelConfig
-from engine.runner.buckets import Bucket, buckets, fitting
+from engine.runner.buckets import Bucket, fitting
 from engine.runner.compiles import CompileCounter
 from engine.runner.state import (
     LOAD_ROWS,
@@ -64,9 +64,8 @@ class Program:
 class Runner:
     """Runs the steps of one lane. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: Model, sizes: Sizes, max_tokens: int):
-        self.model, self.sizes = model, sizes
-        self.buckets = buckets(sizes.max_rows, max_tokens)
+    def __init__(self, model: Model, sizes: Sizes, choices: tuple[Bucket, ...]):
+        self.model, self.sizes, self.buckets = model, sizes, choices
         self.compiles = CompileCounter()
         self.programs: dict[Bucket, Program] = {}
         self._loads: dict[int, Callable] = {}
