@@ -39,10 +39,9 @@ class Drawn(NamedTuple):
 
 
 def _whole(x_BV: jax.Array, ids_V: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """Logits with padding at -inf, and whether a row holds neither NaN nor infinity: 0 * x is 0 or NaN."""
+    """Logits with padding at -inf, and whether a row holds neither NaN nor infinity."""
     real_V = ids_V < vocab
-    finite_B = ~jnp.isnan(jnp.sum(jnp.where(real_V, x_BV * 0, 0.0), 1))
-    return jnp.where(real_V, x_BV, -jnp.inf), finite_B
+    return jnp.where(real_V, x_BV, -jnp.inf), ~jnp.any(real_V & ~jnp.isfinite(x_BV), 1)
 
 
 def _best(z_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -60,8 +59,10 @@ def _best(z_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best_B, part_B * (width // parts) + place_B
 
 
-def _noised(x_BV: jax.Array, most_B: jax.Array, draws: Draws, position_B: jax.Array, first) -> jax.Array:
-    """What the draw takes the best of: logits of greedy rows, and of the others (x - max) / temperature + noise.
+def _pick(
+    x_BV: jax.Array, most_B: jax.Array, draws: Draws, position_B: jax.Array, first: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """The winning value of each row and its place: of logits if greedy, else of (x - max) / temperature + noise.
 
     The maximum goes first, so that no temperature is too small: far logits become -inf, never the best.
     """
@@ -71,9 +72,9 @@ def _noised(x_BV: jax.Array, most_B: jax.Array, draws: Draws, position_B: jax.Ar
         high_B, low_B = fold(draws.seed_high_R, draws.seed_low_R, draws.choice_R, position_B)
         degrees_B = jnp.where(hot_B, draws.temperature_R, 1.0)
         noise_BV = gumbel(high_B, low_B, x_BV.shape[1], first)
-        return jnp.where(hot_B[:, None], (x_BV - most_B[:, None]) / degrees_B[:, None] + noise_BV, x_BV)
+        return _best(jnp.where(hot_B[:, None], (x_BV - most_B[:, None]) / degrees_B[:, None] + noise_BV, x_BV))
 
-    return lax.cond(jnp.any(hot_B), noised, lambda x_BV: x_BV, x_BV)
+    return lax.cond(jnp.any(hot_B), noised, _best, x_BV)
 
 
 def draw_plain(
@@ -94,7 +95,7 @@ def draw_plain(
     if axes:
         finite_B = lax.pmin(finite_B.astype(jnp.int32), axes) > 0
         most_B = lax.pmax(most_B, axes)
-    best_B, place_B = _best(_noised(x_BV, most_B, draws, position_B, first))
+    best_B, place_B = _pick(x_BV, most_B, draws, position_B, first)
     token_B = place_B + first
     if axes:
         token_B = lax.pmin(jnp.where(best_B == lax.pmax(best_B, axes), token_B, vocab), axes)
@@ -120,36 +121,24 @@ def draw_full(
     target_B    -1 to draw; a token id to score that one under the raw logits
     """
     raw_BV, finite_B = _whole(logits_BV, lax.iota(jnp.int32, logits_BV.shape[1]), vocab)
-    edits_B = _bias_wanted(draws, position_B, vocab) | _penalty_wanted(draws)
+    shaped_B = _bias_wanted(draws, position_B, vocab) | _penalty_wanted(draws) | _filter_wanted(draws)
 
-    def edited(x_BV):
-        x_BV = _biased(x_BV, draws, position_B)
-        return _drawn(_penalised(x_BV, draws, history_RS, row_B, position_B), draws, position_B)
+    def simple(x_BV):
+        most_B = jnp.max(x_BV, 1)
+        return _pick(x_BV, most_B, draws, position_B, 0)[1], most_B
 
-    token_B, sound_B = lax.cond(jnp.any(edits_B), edited, lambda x_BV: _drawn(x_BV, draws, position_B), raw_BV)
+    def shaped(x_BV):
+        x_BV = _penalised(_biased(x_BV, draws, position_B), draws, history_RS, row_B, position_B)
+        most_B = jnp.max(x_BV, 1)
+        return _pick(_filtered(x_BV, most_B, draws), most_B, draws, position_B, 0)[1], most_B
+
+    token_B, most_B = lax.cond(jnp.any(shaped_B), shaped, simple, raw_BV)
     drawing_B = target_B < 0
-    finite_B = finite_B & (sound_B | ~drawing_B)
+    # no number is left to draw from when every token is barred, or a penalty overflows
+    finite_B = finite_B & (jnp.isfinite(most_B) | ~drawing_B)
     token_B = jnp.where(drawing_B, jnp.where(finite_B, token_B, 0), target_B)
     wanted_B = finite_B & (~drawing_B | (draws.logprobs_R >= 0))
     return Drawn(token_B, finite_B, *_reported(raw_BV, token_B, wanted_B))
-
-
-def _drawn(x_BV: jax.Array, draws: Draws, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Token of each row, and whether its best logit is a number: not so if all are barred, or a penalty overflows."""
-    most_B = jnp.max(x_BV, 1)
-    hot_B = draws.temperature_R > 0
-    top_k_B = jnp.where(hot_B, draws.top_k_R, 0)
-    top_p_B, min_p_B = jnp.where(hot_B, draws.top_p_R, 1.0), jnp.where(hot_B, draws.min_p_R, 0.0)
-    z_BV = _noised(x_BV, most_B, draws, position_B, 0)
-
-    def filtered(z_BV):
-        degrees_B = jnp.where(hot_B, draws.temperature_R, 1.0)
-        weight_BV = jnp.exp((x_BV - most_B[:, None]) / degrees_B[:, None])
-        return _best(jnp.where(kept(x_BV, weight_BV, top_k_B, top_p_B, min_p_B), z_BV, -jnp.inf))[1]
-
-    filtered_B = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
-    token_B = lax.cond(jnp.any(filtered_B), filtered, lambda z_BV: _best(z_BV)[1], z_BV)
-    return token_B, jnp.isfinite(most_B)
 
 
 def _bias_wanted(draws: Draws, position_B: jax.Array, vocab: int) -> jax.Array:
@@ -160,14 +149,22 @@ def _penalty_wanted(draws: Draws) -> jax.Array:
     return (draws.repetition_R != 1) | (draws.frequency_R != 0) | (draws.presence_R != 0)
 
 
+def _filter_wanted(draws: Draws) -> jax.Array:
+    return (draws.temperature_R > 0) & ((draws.top_k_R > 0) | (draws.top_p_R < 1) | (draws.min_p_R > 0))
+
+
 def _biased(x_BV: jax.Array, draws: Draws, position_B: jax.Array) -> jax.Array:
     """Stop ids at -inf while the sequence is too short, then logit_bias added."""
     num_points, num_tokens = x_BV.shape
     lines = jnp.arange(num_points)[:, None]
-    short_B1 = (position_B < draws.masked_until_R)[:, None]
-    stop_ids = jnp.where(short_B1, draws.stop_ids, num_tokens)
-    x_BV = x_BV.at[lines, stop_ids].set(-jnp.inf, mode="drop")
-    return x_BV.at[lines, draws.bias_ids].add(draws.bias_values, mode="drop")
+
+    def biased(x_BV):
+        short_B1 = (position_B < draws.masked_until_R)[:, None]
+        stop_ids = jnp.where(short_B1, draws.stop_ids, num_tokens)
+        x_BV = x_BV.at[lines, stop_ids].set(-jnp.inf, mode="drop")
+        return x_BV.at[lines, draws.bias_ids].add(draws.bias_values, mode="drop")
+
+    return lax.cond(jnp.any(_bias_wanted(draws, position_B, num_tokens)), biased, lambda x_BV: x_BV, x_BV)
 
 
 def _counts(
@@ -204,6 +201,20 @@ def _penalised(x_BV: jax.Array, draws: Draws, history_RS: jax.Array, row_B: jax.
         return x_BV - frequency_B1 * output_BV - presence_B1 * (output_BV > 0)
 
     return lax.cond(jnp.any(_penalty_wanted(draws)), penalised, lambda x_BV: x_BV, x_BV)
+
+
+def _filtered(x_BV: jax.Array, most_B: jax.Array, draws: Draws) -> jax.Array:
+    """Logits with what min_p, top_k and top_p cut at -inf; greedy rows as they are."""
+    hot_B = draws.temperature_R > 0
+    top_k_B = jnp.where(hot_B, draws.top_k_R, 0)
+    top_p_B, min_p_B = jnp.where(hot_B, draws.top_p_R, 1.0), jnp.where(hot_B, draws.min_p_R, 0.0)
+
+    def filtered(x_BV):
+        degrees_B = jnp.where(hot_B, draws.temperature_R, 1.0)
+        weight_BV = jnp.exp((x_BV - most_B[:, None]) / degrees_B[:, None])
+        return jnp.where(kept(x_BV, weight_BV, top_k_B, top_p_B, min_p_B), x_BV, -jnp.inf)
+
+    return lax.cond(jnp.any(_filter_wanted(draws)), filtered, lambda x_BV: x_BV, x_BV)
 
 
 def _reported(raw_BV: jax.Array, token_B: jax.Array, wanted_B: jax.Array) -> tuple[jax.Array, ...]:
