@@ -5,8 +5,8 @@
     for completion in llm.generate(["def main("], max_tokens=32):
         print(completion.text)
 
-Requests go through the same admission, scheduler, device programs and text assembly as a server's; all lanes are turned
-by the calling thread.
+Requests go through the same admission, scheduler, device programs and text assembly as a server's; all lanes are
+turned by the calling thread.
 """
 
 import itertools

@@ -37,7 +37,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A sequence is over; nothing follows. reason: stop, length, abort, deadline or error; stop: the token that ended it."""
+    """A sequence is over; nothing follows.
+
+    reason  stop, length, abort, deadline or error
+    stop    the token that ended it
+    """
 
     sequence: Sequence
     reason: str

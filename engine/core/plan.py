@@ -1,9 +1,9 @@
 """What crosses from the brain to the device and back: StepPlan in, StepResult out.
 
-A plan is whole: its bytes are all that a follower, a log or a replay needs. Plan N+1 is made while step N runs, so it
-names no token that is still being drawn: tokens live in the device's history, one line per row, and a step reads its
-inputs there and writes what it draws there. A row's tokens, block table and sampling record reach the device once, as
-a Load, when a sequence takes the row; afterwards a row brings at most one new block a step.
+A plan is whole: its bytes are all that a follower, a log or a replay needs. Plan N+1 is made while step N runs, so
+it names no token that is still being drawn: tokens live in the device's history, one line per row, and a step reads
+its inputs there and writes what it draws there. A row's tokens, block table and sampling record reach the device
+once, as a Load, when a sequence takes the row; afterwards a row brings at most one new block a step.
 
     rows     int32 [rows, 6]   ROW, START, COUNT, BLOCK, SCORE, DRAW
     ROW      the line of history, table and parameters

@@ -1,7 +1,7 @@
 """What a client asked for, and the domain of every field.
 
-A request becomes `sampling.n` sequences (engine/core/sequence.py). Nothing is clamped: a value outside its domain is
-refused by `check_request`, with the field, the value found and what was expected. Domains are rows of `NUMBERS`.
+A request becomes `sampling.n` sequences (engine/core/sequence.py). Nothing is clamped: a value outside its domain
+is refused by `check_request`, with the field, the value found and what was expected. Domains are rows of `NUMBERS`.
 Source: vLLM's sampling parameters for meanings, RELIABILITY A rows for domains.
 """
 
@@ -94,8 +94,10 @@ class Domain:
 
 
 NUMBERS = (
-    Domain("temperature", lambda r: r.sampling.temperature, False, lambda x: 0 <= x <= 100, "a finite number in 0..100"),
-    Domain("top_k", lambda r: r.sampling.top_k, True, lambda x: -1 <= x < 2**31, "an integer >= 1, or 0 or -1 for off"),
+    Domain("temperature", lambda r: r.sampling.temperature, False, lambda x: 0 <= x <= 100,
+           "a finite number in 0..100"),
+    Domain("top_k", lambda r: r.sampling.top_k, True, lambda x: -1 <= x < 2**31,
+           "an integer >= 1, or 0 or -1 for off"),
     Domain("top_p", lambda r: r.sampling.top_p, False, lambda x: 0 < x <= 1, "a finite number in (0, 1]"),
     Domain("min_p", lambda r: r.sampling.min_p, False, lambda x: 0 <= x <= 1, "a finite number in 0..1"),
     Domain("repetition_penalty", lambda r: r.sampling.repetition_penalty, False, lambda x: 0 < x <= 100,

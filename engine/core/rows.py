@@ -1,13 +1,13 @@
-"""The rows of a lane as arrays of state: one line a row, so that a step of thousands of decodes costs a few numpy calls.
+"""The rows of a lane as arrays of state: a line a row, so that a step of thousands of decodes is a few numpy calls.
 
     length    tokens known or being drawn      computed  positions whose KV is there or being made
     known     tokens known on this host        target    where `computed` may go now; a row wants a step while
-    limit     length at which it ends                    computed < target, and 0 while it is empty, held or in prefill
+    limit     length at which it ends                    computed < target; 0 while it is empty, held or prefills
     settled   positions of its prompt whose KV was collected
 
     0 <= settled <= computed <= length <= limit,   known <= length <= known + steps in flight
 
-`occupant[row]` is the sequence, `serial[row]` its serial or -1: a result for another serial is a zombie's and ignored.
+`occupant[row]` is the sequence, `serial[row]` its serial or -1: a result for another serial is a zombie's.
 Source: costs in DESIGN.md (arrays of state about 22 us flat; objects 0.6-1.6 us a row).
 """
 
@@ -116,7 +116,7 @@ class Rows:
             sequence = self.occupant[row]
             if sequence is not None and not sequence.held:
                 self.open(row)
-        ends = (known >= self.limit[rows]) | (self.is_eos[tokens] & self.watches[rows])
+        ends: np.ndarray = (known >= self.limit[rows]) | (self.is_eos[tokens] & self.watches[rows])
         if self.stops:
             for k, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
                 if token in self.stops.get(row, ()):

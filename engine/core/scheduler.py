@@ -1,12 +1,12 @@
 """Chooses what the next step computes, and settles what a step brought. Counts tokens and blocks; touches neither.
 
-There is no prefill phase and no decode phase in the rule: a sequence knows `length` tokens and has KV for `computed` of
-them, and a step moves `computed` towards `length`. Running rows that miss one token are served first, all at once;
-what is left of the token budget goes to prompts, oldest first, then to waiting sequences. A sequence is seated with
-blocks for every token it knows, so that only decodes can run short; then the youngest is preempted and recomputed.
+There is no prefill phase and no decode phase in the rule: a sequence knows `length` tokens and has KV for
+`computed` of them, and a step moves `computed` towards `length`. Running rows that miss one token are served first,
+all at once; what is left of the token budget goes to prompts, oldest first, then to waiting sequences. One is
+seated with blocks for every token it knows, so that only decodes can run short; then the youngest is preempted.
 
-    plan N+1 is made while step N runs          blocks dropped while a step is in flight are in `limbo` until the last
-    submit -> plan -> (device) -> collect       step launched before the drop is collected
+    submit -> plan -> (device) -> collect       plan N+1 is made while step N runs
+    blocks dropped while a step is in flight are in `limbo` until the last step launched before is collected
     preemption and trials wait until nothing is in flight: rare, and then nothing is uncertain
 
 After a device failure (`fail`) every sequence waits again with its known tokens; those of the failing step are
@@ -78,7 +78,7 @@ class Scheduler:
     # -- what the outside asks ------------------------------------------------------------------------------------
 
     def submit(self, request: Request, seed: int) -> list[Sequence]:
-        """Queue a request that `check_request` has passed; `seed` serves it if it brings none. One sequence a choice."""
+        """Queue a request that `check_request` has passed: a sequence a choice. `seed` serves it if it has none."""
         parent = prefix.start(self._root, request.adapter, request.salt)
         group = sequences(request, self._serial, seed, self.shape.max_length, self.shape.eos_ids, parent)
         self._serial += len(group)
@@ -158,13 +158,13 @@ class Scheduler:
             if (row := self._chunk(sequence, budget, points)) is not None:
                 chunks.append((sequence, row))
                 budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
-        while budget > 0 and points > 0 and self.rows.free and (sequence := self._next()) is not None:
-            if not self._seat(sequence):
+        while budget > 0 and points > 0 and self.rows.free and (newcomer := self._next()) is not None:
+            if not self._seat(newcomer):
                 break
-            table = self.rows.table[sequence.row, : self.rows.num_blocks[sequence.row]].copy()
-            loads.append(Load(sequence.row, sequence.tokens, table, sequence.draw))
-            if (row := self._chunk(sequence, budget, points)) is not None:
-                chunks.append((sequence, row))
+            table = self.rows.table[newcomer.row, : self.rows.num_blocks[newcomer.row]].copy()
+            loads.append(Load(newcomer.row, newcomer.tokens, table, newcomer.draw))
+            if (row := self._chunk(newcomer, budget, points)) is not None:
+                chunks.append((newcomer, row))
                 budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
 
     def _next(self) -> Sequence | None:

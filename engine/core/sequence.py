@@ -1,8 +1,8 @@
 """One stream of a request: what it knows, where it is, how it ends.
 
     WAITING --admit--> RUNNING --end--> ENDED
-       ^                  |                 n > 1: the first sequence leads; the others wait in `followers` until its
-       +----preempt-------+                 prompt is published, then find the prompt's blocks in the prefix cache.
+       ^                  |              n > 1: the first sequence leads; the others wait in `followers` until its
+       +----preempt-------+              prompt is published, then find the prompt's blocks in the prefix cache.
 
 While a sequence runs, the lane's row holds its tokens (engine/core/rows.py); `tokens` is brought up to date when it
 leaves the row.
@@ -64,7 +64,7 @@ class Sequence:
 
 def sequences(
     request: Request, first_serial: int, seed: int, context: int, eos_ids: tuple[int, ...], parent: bytes
-):
+) -> list[Sequence]:
     """The `n` sequences of `request`, leader first, its followers listed. `seed` serves a request without one."""
     sampling, stopping, prompt = request.sampling, request.stopping, len(request.prompt_ids)
     limit = context if stopping.max_tokens is None else prompt + stopping.max_tokens

@@ -1,6 +1,6 @@
 """What the result of a step means: prompts move on and are published, tokens are known, sequences end.
 
-Only rows whose occupant is still the one that was planned count; the others are zombies, and their draws are dropped.
+Only rows whose occupant is still the one that was planned count; the others are zombies, their draws are dropped.
 Costs a dozen numpy calls a step, and Python per chunk of a prompt and per sequence that ends.
 """
 
@@ -10,19 +10,22 @@ import numpy as np
 
 from engine.core.events import Emission, Scored
 from engine.core.plan import COUNT, DRAW, ROW, SCORE, START, StepResult
+from engine.core.sequence import Sequence
 from engine.errors import NumericError
 
 if TYPE_CHECKING:
     from engine.core.scheduler import Flight, Scheduler
+
+Picked = np.ndarray | slice
 
 
 def settle(scheduler: "Scheduler", flight: "Flight", result: StepResult) -> None:
     """Take `result` of `flight` into `scheduler`."""
     _settle_chunks(scheduler, flight, result)
     rows = flight.plan.rows
-    if flight.plan.one_token:
-        picked, points = slice(None), slice(None)
-    else:
+    picked: Picked = slice(None)
+    points: Picked = slice(None)
+    if not flight.plan.one_token:
         picked = np.flatnonzero(rows[:, DRAW])
         points = (np.cumsum(rows[:, SCORE] + rows[:, DRAW]) - 1)[picked]
     seats, serials = rows[picked, ROW].astype(np.int64), flight.serials[picked]
@@ -53,7 +56,9 @@ def _settle_chunks(scheduler: "Scheduler", flight: "Flight", result: StepResult)
             scheduler.wake(sequence)
 
 
-def _settle_scores(scheduler: "Scheduler", sequence, row: np.ndarray, result: StepResult, points: slice) -> bool:
+def _settle_scores(
+    scheduler: "Scheduler", sequence: Sequence, row: np.ndarray, result: StepResult, points: slice
+) -> bool:
     """Report scored prompt tokens; False when their logits were not finite and the sequence ended."""
     if not result.finite[points].all():
         _end_numeric(scheduler, sequence, int(row[START]))
@@ -76,12 +81,15 @@ def _settle_scores(scheduler: "Scheduler", sequence, row: np.ndarray, result: St
     return True
 
 
-def _settle_draws(scheduler: "Scheduler", result: StepResult, seats, serials, points) -> None:
+def _settle_draws(
+    scheduler: "Scheduler", result: StepResult, seats: np.ndarray, serials: np.ndarray, points: Picked
+) -> None:
     table = scheduler.rows
     tokens, finite = result.tokens[points], result.finite[points]
     if not finite.all():
         for row in seats[~finite].tolist():
-            _end_numeric(scheduler, table.occupant[row], int(table.known[row]))
+            if (sequence := table.occupant[row]) is not None:
+                _end_numeric(scheduler, sequence, int(table.known[row]))
         seats, serials, tokens = seats[finite], serials[finite], tokens[finite]
         points = np.arange(len(result.tokens))[points][finite]
     ends = table.receive(seats, tokens)
@@ -98,7 +106,7 @@ def _settle_draws(scheduler: "Scheduler", result: StepResult, seats, serials, po
                 scheduler.pass_trial(sequence)
 
 
-def _emission(result: StepResult, serials, tokens, points) -> Emission:
+def _emission(result: StepResult, serials: np.ndarray, tokens: np.ndarray, points: Picked) -> Emission:
     if result.logprob is None:
         return Emission(serials, tokens)
     assert result.rank is not None and result.top_ids is not None and result.top_logprobs is not None
@@ -112,7 +120,7 @@ def _emission(result: StepResult, serials, tokens, points) -> Emission:
     )
 
 
-def _end_numeric(scheduler: "Scheduler", sequence, position: int) -> None:
+def _end_numeric(scheduler: "Scheduler", sequence: Sequence, position: int) -> None:
     """End a sequence whose logits were not finite; the blocks it published are in doubt and forgotten."""
     scheduler.pool.forget(scheduler.rows.table[sequence.row, : scheduler.rows.num_blocks[sequence.row]].tolist())
     error = NumericError(f"numeric: non-finite logits at position {position}")

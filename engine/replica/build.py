@@ -61,9 +61,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     config = from_hf(folder.config())
     text = Text(folder.path)
     if text.vocab > config.vocab:
-        raise ModelError(
-            f"tokenizer.json: {text.vocab} token ids; expected at most vocab_size {config.vocab}, the embedding's rows"
-        )
+        raise ModelError(f"tokenizer.json: {text.vocab} token ids; expected at most vocab_size {config.vocab}")
     choices = choose(settings, config)
     use_compile_cache(settings.compile_cache)
     name = settings.served_model_name or folder.name

@@ -7,7 +7,7 @@ from engine.errors import SeracError
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log-probability under the raw logits; rank 1 is the best; `top` holds (token id, it), best first."""
+    """A token's log-probability under the raw logits; rank 1 is best; `top` holds (token id, it), best first."""
 
     token_id: int
     logprob: float
@@ -36,7 +36,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice. prompt_logprobs: one entry a prompt token, None for the first; once, on choice 0."""
+    """What is new of one choice. prompt_logprobs: an entry a prompt token, None for the first; once, choice 0."""
 
     index: int
     text: str

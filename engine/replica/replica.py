@@ -2,9 +2,9 @@
 
     STARTING --start--> READY --drain--> DRAINING --idle or time is up--> STOPPED
 
-A request goes to the lane with the least work waiting. Events of a lane are delivered on the thread that `dispatch`
-chooses (the event loop's, or the caller's own offline), where text is made and stop strings are matched. A client that
-does not read holds at most HELD_TOKENS tokens: then its sequences pause until it takes some.
+A request goes to the lane with the fewest open. Events of a lane are delivered on the thread that `dispatch`
+chooses (the event loop's, or the caller's own offline), where text is made and stop strings are matched. A client
+that does not read holds about HELD_TOKENS tokens: then its sequences pause until it takes some.
 """
 
 import logging

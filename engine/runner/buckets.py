@@ -5,8 +5,8 @@
 
 Each shape comes plain (greedy or pure temperature) and full (everything else). There are at most 24 programs; the
 steps between shapes are wider where more would be needed. The largest always holds the largest step, and padding
-costs at most what the next shape is larger. On CPU, where compiling takes seconds of the cores that serve, there are
-fewer (`COARSE`).
+costs at most what the next shape is larger. On CPU, where compiling takes seconds of the cores that serve, there
+are fewer (`COARSE`).
 """
 
 from typing import NamedTuple

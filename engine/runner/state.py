@@ -6,8 +6,8 @@
     draws            sampling record of every row, replicated
 
 A Load packs one row: its number, its record, its table and its tokens, padded to one of a few lengths; `load_rows`
-writes up to LOAD_ROWS of them. Rows at or past R are padding and dropped. bfloat16 pools are uint16 on CPU, where XLA
-would widen a bfloat16 scatter.
+writes up to LOAD_ROWS of them. Rows at or past R are padding and dropped. bfloat16 pools are uint16 on CPU, where
+XLA would widen a bfloat16 scatter.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """One step as one device program: rows in, one token a drawing row out, KV and history written on the way.
 
     packed int32 [B, 6] -> table and tokens of each row -> decoder -> hidden states at the points -> logits -> draw
-                                                                      -> history at the drawn positions, packed result
+                        -> history at the drawn positions, packed result
 
 Everything but the rows of the plan is already on the device; the result is one int32 array, so that one copy brings
 it back: TOKEN, FINITE and, from a full step, LOGPROB, RANK, TOP ids, TOP log-probabilities (floats as their bits).

@@ -1,4 +1,4 @@
-"""The scheduler against a device that is a hash: whatever shares a step, every sequence draws what it draws alone."""
+"""The scheduler against a device that is a hash: whatever shares a step, a sequence draws what it draws alone."""
 
 import random
 

@@ -27,7 +27,7 @@ class Life:
         self.metrics = Metrics(CollectorRegistry())
         self.replica = Replica(info, text, limits, self.clock, self.metrics, seeds=lambda: 11, max_open=max_open)
         self.devices = []
-        for index in range(lanes):
+        for _ in range(lanes):
             device = ModelledRunner(BLOCKS, BLOCK, 8, CONTEXT, text.vocab)
             scheduler = Scheduler(LaneShape(BLOCKS, BLOCK, 8, 64, CONTEXT, text.vocab), prefix.root("test"))
             self.devices.append(device)
