@@ -3,7 +3,7 @@
     bytes -> wire.parse -> method -> message
                  |            |-- SeracError -> its own code with details
                  |            `-- anything else -> INTERNAL with an id; the log has one line with the same id
-                 `-- refused -> INVALID_ARGUMENT
+                 `-- refused, or no message at all -> INVALID_ARGUMENT
 
 The handlers of a service come from its descriptor: RPC `GenerateUnary` is the servicer's `generate_unary`.
 """
@@ -19,7 +19,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from engine.errors import SeracError
+from engine.errors import InvalidArgument, SeracError
 from engine.serve import status
 from engine.serve.wire import parser
 
@@ -40,7 +40,7 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
 
 
 def _handler(method: MethodDescriptor, answer: Method) -> grpc.RpcMethodHandler:
-    kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+    kind = grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
     return kind(
         guarded(method.full_name, answer),
         request_deserializer=parser(GetMessageClass(method.input_type)),
@@ -48,21 +48,31 @@ def _handler(method: MethodDescriptor, answer: Method) -> grpc.RpcMethodHandler:
     )
 
 
-def guarded(name: str, answer: Method) -> Callable[[Message | SeracError, Call], Awaitable[Message | None]]:
-    """`answer` with every failure turned into a status; a cancelled call stays cancelled."""
+def guarded(name: str, answer: Method) -> Callable[[object, Call], Awaitable[Message | None]]:
+    """`answer` with every failure turned into a status; a cancelled call stays cancelled.
 
-    async def call(request: Message | SeracError, context: Call) -> Message | None:
+    The one message is read here: grpc's own handlers for a single message never answer a client that sends none.
+    """
+
+    async def call(_: object, context: Call) -> Message | None:
+        request_id = ""
         try:
+            request = await context.read()
+            if request is grpc.aio.EOF:
+                raise InvalidArgument("request: got no message; expected one")
             if isinstance(request, SeracError):
                 raise request
-            return await answer(request, context)
+            try:
+                return await answer(request, context)
+            finally:
+                request_id = getattr(request, "request_id", "")
         except SeracError as error:
             failure = error
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
-            failure = _unexpected(name, error, getattr(request, "request_id", ""))
-        await context.abort_with_status(status.to_status(failure, getattr(request, "request_id", "")))
+            failure = _unexpected(name, error, request_id)
+        await context.abort_with_status(status.to_status(failure, request_id))
         raise AssertionError("abort_with_status always raises")
 
     return call

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from grpc_status import rpc_status
 
 from engine.errors import InvalidArgument, OutOfBlocks, ResourceExhausted, SeracError, Unavailable
 from engine.serve.calls import OPTIONS
+from engine.serve.client import AsyncClient
 from engine.serve.proto.serac.v1 import inference_pb2 as pb
 
 GENERATE = "/serac.v1.InferenceService/Generate"
@@ -195,18 +197,72 @@ def test_a_client_that_leaves_between_tokens_frees_its_stream():
     asyncio.run(scene())
 
 
+async def breakable(target: str) -> tuple[asyncio.Server, list[asyncio.StreamWriter]]:
+    """A relay to `target`; aborting its writers breaks every connection through it."""
+    host, port = target.split(":")
+    writers: list[asyncio.StreamWriter] = []
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, far_writer))
+        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+    return await asyncio.start_server(relay, "127.0.0.1", 0), writers
+
+
 def test_a_connection_that_breaks_frees_its_streams():
     async def scene():
         replica = FakeReplica()
         async with serving(replica) as client:
-            channel = grpc.aio.insecure_channel(client.addresses[0])
-            calls = [
-                channel.unary_stream(GENERATE)(pb.GenerateRequest(text="ab").SerializeToString()) for _ in range(5)
-            ]
-            await until(lambda: len(replica.streams) == 5)
-            await channel.close()
-            await until(lambda: not replica.running and client.server.gate.open_calls == 0)
-            assert all(call.done() for call in calls)
+            relay, writers = await breakable(client.addresses[0])
+            host, port = relay.sockets[0].getsockname()
+            async with relay, AsyncClient(f"{host}:{port}") as far:
+                calls = [asyncio.ensure_future(far.generate("ab")) for _ in range(5)]
+                await until(lambda: len(replica.streams) == 5)
+                for writer in writers:
+                    writer.transport.abort()
+                await until(lambda: not replica.running and client.server.gate.open_calls == 0)
+                errors = await asyncio.gather(*calls, return_exceptions=True)
+                assert [type(error) for error in errors] == [Unavailable] * 5
+
+    asyncio.run(scene())
+
+
+def test_a_call_that_ends_before_its_message_harms_nobody():
+    async def scene():
+        async with serving(FakeReplica(0.0)) as client:
+            async with grpc.aio.insecure_channel(client.addresses[0]) as channel:
+                call = channel.stream_unary(UNARY)()
+                await call.done_writing()
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await asyncio.wait_for(call, 5)
+                assert caught.value.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.INVALID_ARGUMENT)
+            await client.generate("ab", max_tokens=1)
+
+    asyncio.run(scene())
+
+
+def test_another_protocol_on_the_port_harms_nobody():
+    async def scene():
+        async with serving(FakeReplica(0.0)) as client:
+            host, port = client.addresses[0].split(":")
+            http, tls, noise = (
+                b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+                b"\x16\x03\x01" + bytes(200),
+                bytes(range(256)) * 40,
+            )
+            for opening in (http, tls, noise):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(opening)
+                with suppress(ConnectionError):
+                    await asyncio.wait_for(reader.read(), 5)
+                writer.close()
+            await client.generate("ab", max_tokens=1)
 
     asyncio.run(scene())
 
