@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from engine.clock import Clock
 from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.scheduler import Scheduler
-from engine.errors import AlreadyExists, ResourceExhausted, Unavailable, wrong
+from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
 from engine.observe.metrics import Metrics
 from engine.replica.lane import Lane
 from engine.replica.output import Desk, Output, Started, open_output
@@ -124,9 +124,11 @@ class Replica:
     def submit(self, request: Request, notify: Notify) -> Output:
         """Admit `request`; `notify` is called, where events are delivered, whenever its output has something new.
 
-        Raises InvalidArgument, AlreadyExists, ResourceExhausted or Unavailable.
+        Raises InvalidArgument, NotFound, AlreadyExists, ResourceExhausted or Unavailable.
         """
         check_request(request, self.limits)
+        if request.adapter:
+            raise NotFound(f"adapter: {request.adapter!r:.64} is not loaded; available: none", field="adapter")
         now = self.clock.now()
         output = open_output(request, self.text, now)
         with self._lock:

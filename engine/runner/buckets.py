@@ -33,7 +33,7 @@ def ladder(smallest: int, largest: int, most: int) -> tuple[int, ...]:
     factor = 2
     while True:
         sizes = [largest]
-        while sizes[-1] > smallest:
+        while sizes[-1] > smallest and most > 1:
             sizes.append(max(-(-sizes[-1] // factor), smallest))
         if len(sizes) <= most:
             return tuple(sorted(sizes))

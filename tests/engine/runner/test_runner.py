@@ -36,7 +36,7 @@ def test_a_lane_never_has_more_than_24_step_programs():
 def test_a_ladder_ends_with_the_largest_and_starts_no_lower_than_the_smallest():
     assert ladder(1, 64, 7) == (1, 2, 4, 8, 16, 32, 64)
     assert ladder(1, 256, 7)[-1] == 256 and len(ladder(1, 256, 7)) <= 7
-    assert ladder(16, 16, 5) == (16,) and load_lengths(40) == (40,)
+    assert ladder(16, 16, 5) == (16,) and ladder(1, 64, 1) == (64,) and ladder(1, 64, 2) == (1, 64) and load_lengths(40) == (40,)
 
 
 def test_greedy_tokens_follow_from_the_whole_sequence_each_time(runner, hand_lane):
