@@ -24,7 +24,7 @@ from engine.runner.buckets import Bucket
 from engine.runner.draws import Draws, at_points
 from engine.runner.sampling import draw_full, draw_plain
 from engine.runner.state import STATE, Sizes, State
-from pallas_kernels.dispatch import Numerics, Rows
+from pallas_kernels.dispatch import Numerics, Rows, platform_of
 from pallas_kernels.rows import owners
 from sharding.rules import TP
 
@@ -46,7 +46,7 @@ def step_program(
     config: ModelConfig, sizes: Sizes, mesh: Mesh, weight_specs: Mapping, numerics: Numerics
 ) -> Callable:
     """`build(bucket)` makes a jitted (weights, state, draws, packed) -> (state, result); state is donated."""
-    platform = mesh.devices.flat[0].platform
+    platform = platform_of(mesh.devices.flat[0])
 
     def build(bucket: Bucket):
         def local(weights, state: State, draws: Draws, packed_B6):
