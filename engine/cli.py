@@ -12,52 +12,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from engine import config, environment
 from engine.config import suggestion
-from engine.core.request import NUMBERS
 from engine.errors import ConfigError, SeracError
+from engine.options import Parser, add_client, add_settings, read_client, read_settings
 
 DISTRIBUTION = "serac"
 VERSIONS = ("serac", "jax", "jaxlib", "flax", "orbax-checkpoint", "grpcio", "protobuf", "numpy")
+PLANNED = (
+    *("mesh", "dtype", "max_model_len", "kv_memory", "block_size"),
+    *("max_num_seqs", "max_num_batched_tokens", "numerics"),
+)
 INTERRUPTED = 130
-
-
-class Once(argparse.Action):
-    """An option that may be given once."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Store the text, or refuse."""
-        if hasattr(namespace, self.dest):
-            parser.error(f"{option_string or self.dest}: got it twice; expected it once")
-        setattr(namespace, self.dest, values)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ConfigErrors; it knows its options, to suggest the nearest."""
-
-    def __init__(self, *arguments, **keywords):
-        self.known: list[str] = []
-        super().__init__(*arguments, allow_abbrev=False, **keywords)
-
-    def add_argument(self, *names, **keywords):
-        """Keep the spelling of each option."""
-        self.known += [name for name in names if name.startswith("--")]
-        return super().add_argument(*names, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and leaving."""
-        raise ConfigError(message.removeprefix("argument "))
-
-    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Raises ConfigError with a suggestion for an option that is not there."""
-        options, unknown = self.parse_known_args(list(arguments))
-        if unknown:
-            word = unknown[0].split("=")[0]
-            kind = "option" if word.startswith("-") else "argument"
-            raise ConfigError(f"{word}: unknown {kind}{suggestion(word, self.known)}", field=word)
-        return options
 
 
 class Verb(NamedTuple):
@@ -67,26 +35,6 @@ class Verb(NamedTuple):
     help: str
     add: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
-
-
-def add_settings(parser: Parser) -> None:
-    """MODEL and a flag for every row of config.Settings."""
-    parser.add_argument("model", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="MODEL",
-                        help=config.ROWS["model"].help)  # fmt: skip
-    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="settings by the same names")
-    for row in config.ROWS.values():
-        if row.name == "model":
-            continue
-        shown = "" if row.default is None else f" (default {str(row.default).lower()})"
-        extra = {"nargs": "?", "const": "true"} if row.kind is config.SWITCH else {}
-        parser.add_argument(row.flag, dest=row.name, action=Once, default=argparse.SUPPRESS, help=row.help + shown,
-                            metavar=row.kind.metavar, **extra)  # fmt: skip
-
-
-def read_settings(options: argparse.Namespace) -> config.Settings:
-    """Flags over SERAC_* over the file over defaults."""
-    flags = {name: text for name, text in vars(options).items() if name in config.ROWS}
-    return config.settle(flags, os.environ, getattr(options, "config", None))
 
 
 def start_anew(settings: config.Settings) -> None:
@@ -104,56 +52,9 @@ def serve(options: argparse.Namespace) -> int:
     start_anew(settings)
     from engine import launch
 
+    if settings.download:
+        fetch(settings.model)
     return launch.serve(settings, version(), sys.stdout)
-
-
-def add_client(parser: Parser) -> None:
-    """Where the server is, and every field of a request."""
-    parser.add_argument(
-        "--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="address (default %(default)s)"
-    )
-    parser.add_argument("--token-file", type=Path, metavar="PATH", help="file that holds the bearer token")
-    parser.add_argument("--tls-ca", type=Path, metavar="PATH", help="PEM root certificates; turns TLS on")
-    parser.add_argument("--model", help="model name; default: the one served")
-    parser.add_argument("--timeout", dest="timeout_s", metavar="TIME", help="deadline of the call: 30, 1.5s, 5m")
-    parser.add_argument("--max-tokens", type=_number(int), metavar="N", help="default: the rest of the context")
-    for row in NUMBERS:
-        parser.add_argument(f"--{row.field.replace('_', '-')}", type=_number(int if row.whole else float),
-                            metavar="N" if row.whole else "X", help=row.expected)  # fmt: skip
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; may be given again")
-    parser.add_argument(
-        "--stop-token-ids", action="append", type=_number(int), metavar="ID", help="the same for tokens"
-    )
-    parser.add_argument(
-        "--include-stop", action="store_true", default=None, help="what stopped it stays in the output"
-    )
-    parser.add_argument(
-        "--ignore-eos", action="store_true", default=None, help="end-of-sequence tokens do not end it"
-    )
-
-
-def _number(kind: type) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        try:
-            return kind(text)
-        except ValueError:
-            expected = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r:.64}; expected {expected}") from None
-
-    return read
-
-
-def read_client(options: argparse.Namespace) -> dict:
-    """The request's fields that were given."""
-    names = ("model", "max_tokens", "stop", "stop_token_ids", "include_stop", "ignore_eos", "timeout_s")
-    fields = {name: getattr(options, name) for name in (*names, *(row.field for row in NUMBERS))}
-    if fields["timeout_s"] is not None:
-        try:
-            fields["timeout_s"] = config.TIME.read(fields["timeout_s"])
-        except ValueError:
-            expected = config.TIME.expected
-            raise ConfigError(f"--timeout: got {fields['timeout_s']!r:.64}; expected {expected}") from None
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def add_generate(parser: Parser) -> None:
@@ -186,6 +87,64 @@ def chat(options: argparse.Namespace) -> int:
         return talk.chat(client, options.system, read_client(options), sys.stdin, sys.stdout)
 
 
+def fetch(model: str) -> None:
+    """Bring ORG/NAME from the hub into the local cache."""
+    from engine.weights.hub import download
+    from engine.weights.source import resolve
+
+    resolve(model, download=download)
+
+
+def add_plan(parser: Parser) -> None:
+    """The settings that a plan depends on, and the device there would be."""
+    add_settings(parser, PLANNED)
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as h200, h100, cpu (default cpu)")
+    parser.add_argument("--memory-bytes", metavar="SIZE", help="memory of a device, instead of the named one's")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Say what a model takes on a mesh, without a device."""
+    settings = read_settings(options)
+    memory_bytes = config.BYTES.given("--memory-bytes", options.memory_bytes)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX starts: no device takes part
+    from engine import plan_report
+
+    return plan_report.run(settings, options.device, memory_bytes, options.json, sys.stdout)
+
+
+def add_convert(parser: Parser) -> None:
+    """The model and the artifact."""
+    parser.add_argument("model", metavar="MODEL", help=config.ROWS["model"].help)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the artifact's folder, where nothing is yet")
+    parser.add_argument("--allow-non-finite", action="store_true", help=config.ROWS["allow_non_finite"].help)
+    parser.add_argument("--download", action="store_true", help=config.ROWS["download"].help)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write a model as an Orbax artifact with digests, restored straight onto any mesh."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX starts: no device takes part
+    from engine.progress import progress
+    from engine.weights.convert import convert as write
+    from engine.weights.source import resolve
+
+    if options.download:
+        fetch(options.model)
+    source = resolve(options.model)
+    with progress(sys.stderr) as bar:
+        manifest = write(source, options.out, allow_non_finite=options.allow_non_finite,
+                         progress=lambda done, of: bar.show("checking what was written", done, of))  # fmt: skip
+    print(f"{options.out}: {len(manifest.tensors)} tensors, revision {manifest.revision}")
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run a measurement of the suite; the same as `python -m bench`."""
+    from bench.__main__ import main as run_bench
+
+    return run_bench(options.arguments)
+
+
 def add_nothing(parser: Parser) -> None:
     """No options."""
 
@@ -202,7 +161,7 @@ def version(name: str = DISTRIBUTION) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "(not installed)"
 
 
 def show_version(options: argparse.Namespace) -> int:
@@ -217,6 +176,9 @@ VERBS = (
     Verb("serve", "serve a model over gRPC", add_settings, serve),
     Verb("generate", "ask a running server to go on with a text", add_generate, generate),
     Verb("chat", "talk with a running server", add_chat, chat),
+    Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
+    Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),
+    Verb("bench", "measure: the same as python -m bench", add_nothing, bench),
     Verb("demo", "serve the embedded model on this machine and ask it", add_nothing, demo),
     Verb("version", "print versions", add_nothing, show_version),
 )
@@ -251,6 +213,8 @@ def run(arguments: Sequence[str]) -> int:
             f"{name}: unknown command{suggestion(name, verbs) or '; see serac --help'}", field="command"
         )
     verb = verbs[name]
+    if verb.run is bench:  # its options are those of the measurement
+        return bench(argparse.Namespace(arguments=list(arguments[1:])))
     parser = Parser(prog=f"serac {name}", description=verb.run.__doc__)
     verb.add(parser)
     return verb.run(parser.read(arguments[1:]))

@@ -35,6 +35,14 @@ class Kind(NamedTuple):
     expected: str
     metavar: str
 
+    def given(self, spelled: str, text: str | None) -> Value:
+        """`text` read, None of None. Raises ConfigError under the name as it was spelled."""
+        try:
+            return None if text is None else self.read(text)
+        except ValueError:
+            field = spelled.rpartition(" ")[2].removeprefix("--").replace("-", "_").lower().removeprefix("serac_")
+            raise ConfigError(wrong(spelled, text, self.expected), field=field) from None
+
 
 def whole(least: int, most: int, expected: str = "") -> Kind:
     """An integer in a range."""
@@ -176,15 +184,8 @@ def settle(flags: Mapping[str, str], environment: Mapping[str, str], file: Path 
     if file is not None:
         given |= read_file(file)
     given |= _read_environment(environment)
-    given |= {name: _read(ROWS[name], text, ROWS[name].flag) for name, text in flags.items()}
+    given |= {name: ROWS[name].kind.given(ROWS[name].flag, text) for name, text in flags.items()}
     return Settings(**given)
-
-
-def _read(row: Row, text: str, spelled: str) -> Value:
-    try:
-        return row.kind.read(text)
-    except ValueError:
-        raise ConfigError(wrong(spelled, text, row.kind.expected), field=row.name) from None
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, Value]:
@@ -193,7 +194,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Value]:
     given = {}
     for variable in sorted(environment):
         if variable in known:
-            given[known[variable].name] = _read(known[variable], environment[variable], variable)
+            given[known[variable].name] = known[variable].kind.given(variable, environment[variable])
         elif variable.startswith(PREFIX):
             near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
             if near:
@@ -234,7 +235,7 @@ def _read_key(path: Path, text: str, key: str, value: object) -> Value:
         value = str(value).lower()
     elif isinstance(value, (dict, list)):
         raise ConfigError(f"{place}: {wrong(key, type(value).__name__, ROWS[key].kind.expected)}", field=key)
-    return _read(ROWS[key], str(value), f"{place}: {key}")
+    return ROWS[key].kind.given(f"{place}: {key}", str(value))
 
 
 def _toml_place(message: str, text: str) -> str:

@@ -40,7 +40,9 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
 
 
 def _handler(method: MethodDescriptor, answer: Method) -> grpc.RpcMethodHandler:
-    kind = grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+    kind = (
+        grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+    )
     return kind(
         guarded(method.full_name, answer),
         request_deserializer=parser(GetMessageClass(method.input_type)),

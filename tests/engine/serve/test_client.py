@@ -4,32 +4,11 @@ import asyncio
 import threading
 
 import pytest
-from fake_replica import FakeReplica, serving
 
 from engine.errors import ConfigError, InvalidArgument, NotFound, SeracError, Unavailable
 from engine.serve.calls import write_generate
 from engine.serve.client import AsyncClient, Client
 from engine.serve.proto.serac.v1 import inference_pb2 as pb
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A server on a thread of its own; yields its replica and addresses."""
-    ready, stop, shared = threading.Event(), threading.Event(), {}
-
-    async def run():
-        replica = FakeReplica(0.001)
-        async with serving(replica) as client:
-            shared["replica"], shared["addresses"] = replica, client.addresses
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    assert ready.wait(10)
-    yield shared["replica"], shared["addresses"]
-    stop.set()
-    thread.join()
 
 
 def test_the_blocking_client_calls_everything(server):
