@@ -15,7 +15,7 @@ TOPS = ("engine", "sharding", "pallas_kernels", "bench")
 OPEN = {"engine.errors", "engine.clock", "engine.config", "engine.observe"}  # to every floor of engine from 2 up
 DEVICE = {"engine.models", "engine.weights", "sharding", "pallas_kernels", "jax", "flax", "numpy"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
-BUILT = {"engine.core", "engine.text", "engine.replica", "engine.runner", "prometheus_client"}
+BUILT = {"engine.core", "engine.planning", "engine.text", "engine.replica", "engine.runner", "prometheus_client"}
 STORES = {"flax", "orbax", "safetensors", "huggingface_hub"}
 MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.models": OPEN | {"pallas_kernels", "sharding", "jax", "flax", "numpy"},
     "engine.weights": OPEN | STORES | {"engine.models", "engine.embedded", "sharding", "jax", "numpy"},
     "engine.runner": OPEN | DEVICE | {"engine.core.plan", "msgpack"},
+    "engine.planning": OPEN | DEVICE | {"engine.runner"},
     "engine.movers": OPEN | {"engine.core.handoff", "numpy", "grpc", "msgpack"},
     "engine.movers.local": OPEN | {"engine.core.handoff", "engine.movers", "numpy", "jax"},
     "engine.replica": OPEN | {"engine.core", "engine.text", "engine.movers", "numpy", "msgpack"},
@@ -41,8 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     # The files of the embedded model, which its package names, and the scripts that made and judge them.
     "engine.embedded": {"jax", "numpy", "tokenizers", "safetensors", "optax"},
 }
-COMMAND = ("engine.cli", "engine.banner", "engine.demo", "engine.environment", "engine.tables", "engine.talk")
-ANYTHING = (*COMMAND, "engine.llm", "bench")  # the top floor
+QUICK = {
+    f"engine.{part}" for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk")
+}
+ANYTHING = QUICK | {"engine.launch", "engine.plan_report", "engine.llm", "bench"}  # the top floor
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")
@@ -201,7 +204,7 @@ def test_what_decides_and_what_serves_never_loads_jax(room):
 @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["demo", "--help"]])
 def test_the_command_lines_help_never_loads_jax(arguments):
     script = (
-        f"import contextlib, io, {', '.join(name for name in COMMAND if name in NAMES)}\n"
+        f"import contextlib, io, {', '.join(sorted(QUICK & NAMES))}\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
         f"    engine.cli.main({arguments})\n"
         "assert 'usage' in out.getvalue().lower(), out.getvalue()\n"
