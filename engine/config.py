@@ -208,7 +208,7 @@ def read_file(path: Path) -> dict[str, Value]:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            wrong("--config", str(path), f"a readable file ({error.strerror})"), field="config"
+            f"--config: got {path}; expected a readable file ({error.strerror})", field="config"
         ) from None
     try:
         text = data.decode("utf-8")
@@ -234,7 +234,8 @@ def _read_key(path: Path, text: str, key: str, value: object) -> Value:
     if isinstance(value, bool):
         value = str(value).lower()
     elif isinstance(value, (dict, list)):
-        raise ConfigError(f"{place}: {wrong(key, type(value).__name__, ROWS[key].kind.expected)}", field=key)
+        expected = ROWS[key].kind.expected
+        raise ConfigError(f"{place}: {key}: got a {type(value).__name__}; expected {expected}", field=key)
     return ROWS[key].kind.given(f"{place}: {key}", str(value))
 
 

@@ -8,7 +8,9 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,18 +69,45 @@ def credentials(access: Access) -> grpc.ServerCredentials | None:
     if access.tls_cert is None or access.tls_key is None:
         raise ConfigError("tls_cert: got one of --tls-cert and --tls-key; expected both", field="tls_cert")
     if access.tls_key.exists() and access.tls_key.stat().st_mode & 0o007:
-        raise ConfigError(
-            wrong("tls_key", str(access.tls_key), "a file that others cannot read: chmod o-rwx"), field="tls_key"
-        )
+        expected = "a file that others cannot read: chmod o-rwx"
+        raise ConfigError(f"tls_key: got {access.tls_key}; expected {expected}", field="tls_key")
+    _check_certificate(access.tls_cert, access.tls_key)
     pair = (_read("tls_key", access.tls_key), _read("tls_cert", access.tls_cert))
     return grpc.ssl_server_credentials([pair])
+
+
+def _check_certificate(cert: Path, key: Path) -> None:
+    """Raises ConfigError unless the key is that of the certificate, and the certificate of this day."""
+    ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for field, path in (("tls_cert", cert), ("tls_key", key)):
+        _read(field, path)
+    try:
+        ours.load_cert_chain(cert, key)
+        theirs.load_verify_locations(cert)
+    except ssl.SSLError as error:
+        words = f"a PEM certificate and its own private key ({error.reason or error})"
+        raise ConfigError(f"tls_cert: got {cert} with {key}; expected {words}", field="tls_cert") from None
+    theirs.check_hostname = False
+    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (ours.wrap_bio(up, down, server_side=True), theirs.wrap_bio(down, up))
+    try:
+        for _ in range(4):  # each turn brings the other end's message
+            for end in ends:
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        if "expired" in error.verify_message or "not yet valid" in error.verify_message:
+            raise ConfigError(f"tls_cert: got {cert}: {error.verify_message}", field="tls_cert") from None
 
 
 def _read(field: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(wrong(field, str(path), f"a readable file ({error.strerror})"), field=field) from None
+        raise ConfigError(
+            f"{field}: got {path}; expected a readable file ({error.strerror})", field=field
+        ) from None
 
 
 def read_tokens(path: Path) -> tuple[bytes, ...]:
@@ -86,7 +115,7 @@ def read_tokens(path: Path) -> tuple[bytes, ...]:
     lines = [line.strip() for line in _read("token_file", path).splitlines()]
     digests = tuple(hashlib.sha256(line).digest() for line in lines if line)
     if not digests:
-        raise ConfigError(wrong("token_file", str(path), "one token a line, at least one"), field="token_file")
+        raise ConfigError(f"token_file: got {path}; expected one token a line, at least one", field="token_file")
     return digests
 
 

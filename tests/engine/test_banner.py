@@ -6,10 +6,11 @@ import json
 from engine import banner
 from engine.progress import Bars, Lines, progress
 
+MEMORY = {"weights": "5 MiB", "kv": "1 GiB"}
 FACTS = {
     "grpc": "127.0.0.1:1",
     "mesh": "tp=8",
-    "memory": {"weights": "5 MiB", "kv": "1 GiB"},
+    "memory": MEMORY,
     "buckets": ["a", "b"],
 }
 

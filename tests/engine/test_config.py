@@ -29,12 +29,13 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 
 def test_every_setting_can_be_given_in_all_three_spellings(tmp_path):
     samples = {"model": "m", "mesh": "tp=2", "dtype": "float32", "device": "cpu", "numerics": "invariant"}
+    samples |= {"prefix_cache": "false"}
     for name, row in ROWS.items():
         text = samples.get(name) or next(t for t in ("16", "true", "some/path") if _reads(row, t))
         by_flag = getattr(settle({name: text}, {}), name)
         assert by_flag != row.default, name
         assert getattr(settle({}, {row.variable: text}), name) == by_flag
-        literal = text if text in ("16", "true") else f"'{text}'"
+        literal = text if text in ("16", "true", "false") else f"'{text}'"
         assert getattr(settle({}, {}, write(tmp_path, f"{name} = {literal}\n")), name) == by_flag
 
 
@@ -124,7 +125,7 @@ def test_durations_are_seconds_with_units(text, seconds):
         ("# nothing but words\n", "1:1: got an empty file"),
         (b"port = 1\nhost = '\xff'\n", "2:9: got bytes that are not UTF-8"),
         ("port = 70000\n", "1:1: port: got '70000'; expected a port"),
-        ("port = [1]\n", "1:1: port: got list; expected a port"),
+        ("port = [1]\n", "1:1: port: got a list; expected a port"),
         ("[serve]\nport = 1\n", "1:2: serve: unknown key"),
         ("prefix_cache = 'maybe'\n", "1:1: prefix_cache: got 'maybe'"),
     ],

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `fake_replica`, which stands beside them, and lends them a running server."""
+"""Lets the tests of this folder import `fake_replica` beside them, and lends them a running server."""
 
 import asyncio
 import sys

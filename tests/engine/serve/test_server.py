@@ -139,6 +139,33 @@ def test_a_certificate_needs_its_key_and_a_key_its_secrecy(certificate, tmp_path
         Listen(access=Access(tls_cert=cert, tls_key=loose), **free).check()
 
 
+def test_a_key_of_another_certificate_and_a_certificate_of_another_day_are_refused(certificate, tmp_path):
+    cert, key = certificate
+    free = {"port": 0, "admin_port": 0}
+    other = tmp_path / "other.pem"
+    subprocess.run(["openssl", "genrsa", "-out", str(other), "2048"], check=True, capture_output=True)
+    other.chmod(0o600)
+    with pytest.raises(ConfigError, match="tls_cert: .*its own private key"):
+        Listen(access=Access(tls_cert=cert, tls_key=other), **free).check()
+    old = tmp_path / "old.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-key",
+        str(key),
+        "-days",
+        "-1",
+        "-subj",
+        "/CN=localhost",
+        "-out",
+        str(old),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ConfigError, match="tls_cert: .*certificate has expired"):
+        Listen(access=Access(tls_cert=old, tls_key=key), **free).check()
+
+
 def test_a_drain_lets_open_streams_finish_and_refuses_new_ones():
     async def scene():
         replica = FakeReplica()
