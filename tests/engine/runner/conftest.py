@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     qkv_bias=False,
     o_bias=False,
     mlp_bias=False,
-    tied=True,
+    tied=False,
     windows=(None, 40),
 )
 SIZES = Sizes(num_blocks=400, block_size=16, max_rows=32, max_length=160)
