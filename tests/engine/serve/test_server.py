@@ -147,21 +147,11 @@ def test_a_key_of_another_certificate_and_a_certificate_of_another_day_are_refus
     other.chmod(0o600)
     with pytest.raises(ConfigError, match="tls_cert: .*its own private key"):
         Listen(access=Access(tls_cert=cert, tls_key=other), **free).check()
-    old = tmp_path / "old.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-key",
-        str(key),
-        "-days",
-        "-1",
-        "-subj",
-        "/CN=localhost",
-        "-out",
-        str(old),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    old, ask = tmp_path / "old.pem", tmp_path / "ask.csr"
+    asking = ["openssl", "req", "-new", "-key", str(key), "-subj", "/CN=localhost", "-out", str(ask)]
+    signing = ["openssl", "x509", "-req", "-in", str(ask), "-signkey", str(key), "-days", "-1", "-out", str(old)]
+    for command in (asking, signing):
+        subprocess.run(command, check=True, capture_output=True)
     with pytest.raises(ConfigError, match="tls_cert: .*certificate has expired"):
         Listen(access=Access(tls_cert=old, tls_key=key), **free).check()
 

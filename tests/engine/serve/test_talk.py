@@ -21,9 +21,11 @@ def test_generate_writes_the_text_and_nothing_else(server, capsys):
 
 
 def test_every_option_of_generate_reaches_the_core(server, capsys):
-    options = """--temperature 0.5 --top-k 3 --top-p 0.5 --min-p 0.1 --seed 5 --n 2 --logprobs 1 --prompt-logprobs 2
-        --repetition-penalty 1.5 --frequency-penalty -1 --presence-penalty 1 --max-tokens 4 --min-tokens 2 --stop x
-        --stop y --stop-token-ids 7 --include-stop --ignore-eos --timeout 1m --model tiny""".split()
+    numbers = {"temperature": 0.5, "top-k": 3, "top-p": 0.5, "min-p": 0.1, "seed": 5, "n": 2, "logprobs": 1}
+    numbers |= {"prompt-logprobs": 2, "repetition-penalty": 1.5, "frequency-penalty": -1, "presence-penalty": 1}
+    numbers |= {"max-tokens": 4, "min-tokens": 2, "stop-token-ids": 7, "timeout": "1m", "model": "tiny"}
+    options = [f"--{name}={value}" for name, value in numbers.items()]
+    options += ["--stop", "x", "--stop", "y", "--include-stop", "--ignore-eos"]
     code, out, _ = run(server, capsys, "generate", "ab", *options)
     assert code == 0 and out == "abcd\n--- choice 1\nabcd\n"
     request = server[0].opened[-1]
