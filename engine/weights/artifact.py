@@ -72,6 +72,11 @@ class Artifact:
             for piece, step in zip(cut, stored.chunk, strict=True)
         ]
         chunks = {at: self._chunk(name, at) for at in product(*touched)}
+        if len(chunks) == 1:
+            ((at, chunk),) = chunks.items()
+            corners = [place * step for place, step in zip(at, stored.chunk, strict=True)]
+            within = zip(cut, corners, strict=True)
+            return chunk.result()[tuple(slice(piece.start - c, piece.stop - c) for piece, c in within)]
         part = np.empty([piece.stop - piece.start for piece in cut], DTYPES[stored.dtype])
         for at, chunk in chunks.items():
             box = [

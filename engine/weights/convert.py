@@ -9,11 +9,13 @@ Cost: the model's bytes are read twice, written once and hashed once; memory: wh
 """
 
 import json
+import logging
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +127,19 @@ def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
         use_ocdbt=False, use_zarr3=False, use_compression=False, save_concurrent_gb=1 + math.ceil(largest / 1e9)
     )
     arguments = {name: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(array)) for name, array in arrays.items()}
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays, save_args=arguments))
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Orbax warns of every save that has no OCDBT files; here that is what was asked for."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _chunk_bytes(array: np.ndarray) -> int | None:

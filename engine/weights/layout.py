@@ -30,6 +30,7 @@ from sharding.mesh import lane_axes
 from sharding.rules import TENSOR
 
 EIGHTHS = 8  # widths are cut in eighths whatever the mesh, see the numerics mode `invariant`
+ALIGNMENT = 64  # bytes
 BAND = 16  # rows moved together, 5 times as fast as a whole matrix
 
 Index = tuple[slice, ...]
@@ -125,7 +126,7 @@ def read_part(parameter: Parameter, shard: int, read: Read, dtype: np.dtype) -> 
 
     `read` is asked for the shard's own slices and for nothing else; empty ones are not asked for.
     """
-    local = np.zeros(parameter.local_shape, dtype)
+    local = _zeros(parameter.local_shape, dtype)
     start = 0
     for number, part in enumerate(parameter.parts):
         target = local[number] if parameter.stacked else local
@@ -137,6 +138,14 @@ def read_part(parameter: Parameter, shard: int, read: Read, dtype: np.dtype) -> 
         if all(piece.stop > piece.start for piece in cut):
             _move(read(part.name, cut), part.order, target)
     return local
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that JAX takes over on a CPU device, where it would else copy them."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _move(source: np.ndarray, order: tuple[int, ...], target: np.ndarray) -> None:

@@ -115,7 +115,7 @@ def test_digests_are_of_fixed_slices(monkeypatch):
     assert digests(b"") == (hashlib.sha256(b"").hexdigest(),)
 
 
-def test_a_device_reads_and_checks_the_chunks_of_its_part_and_no_other(sealed, monkeypatch):
+def test_a_device_reads_and_checks_the_chunks_of_its_part_and_no_other(folders, sealed, monkeypatch):
     tensors, opened = Artifact(sealed), []
     read = OpenFile.read_into
     monkeypatch.setattr(
@@ -125,8 +125,12 @@ def test_a_device_reads_and_checks_the_chunks_of_its_part_and_no_other(sealed, m
     )
     rows, columns = tensors.manifest.tensors[Q].chunk
     assert (rows, columns) == (16, 24)
-    part = tensors.read(Q, (slice(20, 36), slice(0, 24)))
-    assert sorted(opened) == ["1.0", "2.0"] and part.shape == (16, 24)
+    part = tensors.read(Q, (slice(20, 36), slice(3, 24)))
+    assert sorted(opened) == ["1.0", "2.0"]
+    np.testing.assert_array_equal(part, folders.tensors(config(folders))[Q][20:36, 3:])
+    np.testing.assert_array_equal(
+        tensors.read(Q, (slice(20, 30), slice(2, 9))), folders.tensors(config(folders))[Q][20:30, 2:9]
+    )
     tensors.read(Q, (slice(32, 48), slice(0, 24)))
     assert sorted(opened) == ["1.0", "2.0"]
     tensors.settle()

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -109,6 +111,19 @@ def test_weights_are_cast_to_the_dtype_that_is_served(folders, tmp_path, stored,
     wanted = files["model.layers.0.self_attn.o_proj.weight"].T.astype(np.dtype(served))
     assert weights["layers"][0]["wo_XD"].dtype == np.dtype(served)
     np.testing.assert_array_equal(weights["layers"][0]["wo_XD"], wanted)
+
+
+def test_host_memory_holds_one_array_beside_the_weights(folders, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 512}
+    model, config = resolve(str(folders.write(tmp_path / "model", **sizes))), folders.config(**sizes)
+    load(model, config, lane(4), FLOAT32)
+    tracemalloc.start()
+    weights = load(model, config, lane(4), FLOAT32)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    arrays = jax.tree.leaves(weights)
+    # What is read of one array, and that array before its device holds it; all of them are eight times as much.
+    assert peak - held < 2 * max(array.nbytes for array in arrays) + (64 << 10)
 
 
 def test_progress_counts_every_byte_on_the_devices(folders, model):
