@@ -1,7 +1,6 @@
 """`python -m bench NAME [options]`: runs one measurement; without a name, lists them.
 
-A bench is a row of BENCHES and a module with `main(arguments) -> exit code`. It is imported when it is asked for, as
-each sets up the environment of JAX before JAX starts.
+A bench is a row of BENCHES and a module with `main(arguments) -> exit code`, imported when it is asked for.
 """
 
 import importlib

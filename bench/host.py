@@ -1,12 +1,12 @@
 """What a step costs the host while the device does nothing: schedule, pack and collect, by number of running rows.
 
-    Scheduler.plan  ->  Runner.launch: pick a bucket, pack one integer array  ->  (device)  ->  Runner.collect, settle
-     schedule            pack                                                    nothing        collect
+    Scheduler.plan -> Runner.launch: pick a bucket, pack one integer array -> (device) -> Runner.collect, settle
+    schedule          pack                                                    nothing     collect
 
-The production scheduler and runner run as they are; the compiled programs are replaced by one that returns a result
-at once, so neither JAX's dispatch nor a copy from a device is in the figures, and no text or stream either. All rows
-decode, two steps in flight, block boundaries spread over the steps. A second pass with a stopwatch around the parts
-says where the time goes; each reading adds about 0.2 us to it.
+The production scheduler and runner run as they are; the compiled programs are replaced by one that returns a
+result at once, so neither JAX's dispatch nor a copy from a device is in the figures, and no text or stream either.
+All rows decode, two steps in flight, block boundaries spread over the steps. A second pass with a stopwatch around
+the parts says where the time goes; each reading adds about 0.2 us to it.
 """
 
 import time
@@ -21,6 +21,7 @@ from engine.core import prefix
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.models.config import ModelConfig, Rope
+from engine.runner.buckets import buckets
 from engine.runner.runner import Model, Program, Runner
 from engine.runner.state import Sizes, load_lengths
 from engine.runner.step import PLAIN_WIDTH
@@ -93,7 +94,9 @@ def _stubbed(sizes: Sizes, max_tokens: int) -> Runner:
         "none", 1, 8, 8, 1, 1, 2, VOCAB, sizes.max_length, 1e-6, Rope("default", 1e4), *[False] * 4, True, (None,)
     )
     mesh = lane_meshes(MeshSpec(), 1, 1)[0]
-    runner = Runner(Model(config, {}, mesh, np.dtype(np.float32), "fast"), sizes, max_tokens)
+    runner = Runner(
+        Model(config, {}, mesh, np.dtype(np.float32), "fast"), sizes, buckets(sizes.max_rows, max_tokens)
+    )
     for bucket in runner.buckets:
         answer = np.ones((bucket.rows, PLAIN_WIDTH), np.int32).view(Result)
         runner.programs[bucket] = Program(bucket, _answering(answer), 0.0, None, str)
