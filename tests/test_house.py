@@ -147,4 +147,5 @@ def test_every_extra_resolves(extra):
     """Costs seconds and the network: pip looks up what an extra names, and installs nothing."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", "--retries", "1"]
     done = subprocess.run([*command, *extras()[extra]], capture_output=True, text=True, timeout=300)
+    assert "does not provide the extra" not in done.stderr, done.stderr[-1500:]
     assert done.returncode == 0, f"extra {extra!r} does not resolve, or there is no network: {done.stderr[-1500:]}"
