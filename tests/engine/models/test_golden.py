@@ -36,14 +36,16 @@ def test_weights_are_drawn_as_they_were_recorded(golden, name):
     assert crc == stored["crc"]
 
 
-@pytest.mark.parametrize("name", FAMILIES + VARIANTS)
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [("llama", 1), ("mistral", 4), ("qwen2", 4), ("qwen3", 4), ("llama_yarn", 1), ("llama_linear", 2)],
+)
 def test_logits_equal_the_oracle_at_every_position(golden, lane, name, tp):
     config, stored = golden(name)
     assert largest_error(lane(config, tp), stored, unpadded(stored["scored"]), chunk=19) <= CLOSE
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_invariant_logits_equal_the_oracle(golden, lane, name):
     config, stored = golden(name)
     assert largest_error(lane(config, 4, "invariant"), stored, unpadded(stored["scored"])[:1], chunk=16) <= CLOSE
