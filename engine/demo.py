@@ -6,11 +6,10 @@ The child runs on the GPUs that are there, else on 8 virtual CPU devices: a mesh
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TextIO
@@ -21,8 +20,10 @@ from engine.serve.calls import Reply
 from engine.serve.client import Client
 
 MESH = "tp=8"
-STREAMED = "def read_lines(path):\n"
+FEW_PROGRAMS = ("--max-num-seqs", "2", "--max-num-batched-tokens", "64")  # a demo should not compile for long
+STREAMED = "def read_lines(path):"
 SIDE_BY_SIDE = ("import os\n\n\ndef ", "class Stack:\n    def __init__(self):\n")
+SEED = 7
 QUESTION = "Write a function that adds two numbers."
 NEXT_STEPS = """
 Next:
@@ -33,12 +34,20 @@ Next:
   from engine.serve.client import Client   the same from Python"""
 
 
-def run(out: TextIO) -> int:
-    """Serve, ask, print, drain; 0 when all of it worked."""
+def command() -> list[str]:
+    """The server of the demo."""
     mesh = MESH if gpu_problem() is not None else "auto"
-    print(f"Starting `serac serve embedded --mesh {mesh}` ...", file=out, flush=True)
-    with served(mesh) as facts, Client(str(facts["grpc"])) as client:
-        print(f"Ready: {facts['title']}, mesh {facts.get('mesh', mesh)}, gRPC on {facts['grpc']}", file=out)
+    flags = ("--mesh", mesh, "--port", "0", "--admin-port", "0", *FEW_PROGRAMS)
+    return [sys.executable, "-m", "engine.cli", "serve", "embedded", *flags]
+
+
+def run(out: TextIO, server: Sequence[str] | None = None) -> int:
+    """Start `server`, ask it, print, drain it; 0 when all of it worked."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the child is ended too
+    server = command() if server is None else server
+    print(f"Starting: serac {' '.join(server[3:])}", file=out, flush=True)
+    with served(server) as facts, Client(str(facts["grpc"])) as client:
+        print(f"Ready: {facts['title']}, mesh {facts.get('mesh')}, gRPC on {facts['grpc']}", file=out)
         show_stream(client, out)
         show_pair(client, out)
         show_chat(client, out)
@@ -48,11 +57,9 @@ def run(out: TextIO) -> int:
 
 
 @contextmanager
-def served(mesh: str) -> Iterator[Mapping[str, object]]:
+def served(server: Sequence[str]) -> Iterator[Mapping[str, object]]:
     """A server in a child process, drained at the end; yields its banner."""
-    command = [sys.executable, "-m", "engine.cli", "serve", "embedded", "--mesh", mesh, "--port", "0"]
-    command += ["--admin-port", "0", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    child = subprocess.Popen(server, stdout=subprocess.PIPE, text=True)
     try:
         yield _banner(child)
         child.send_signal(signal.SIGTERM)
@@ -62,6 +69,7 @@ def served(mesh: str) -> Iterator[Mapping[str, object]]:
         if child.poll() is None:
             child.kill()
             child.wait()
+        child.stdout.close()
 
 
 def _banner(child: subprocess.Popen) -> Mapping[str, object]:
@@ -75,9 +83,9 @@ def _banner(child: subprocess.Popen) -> Mapping[str, object]:
 
 def show_stream(client: Client, out: TextIO) -> None:
     """One answer, written as it comes."""
-    print(f"\n--- Generate, streamed, greedy\n{STREAMED}", end="", file=out, flush=True)
+    print(f"\n--- Generate, streamed, seed {SEED}\n{STREAMED}", end="", file=out, flush=True)
     last: Reply | None = None
-    for last in client.stream(STREAMED, temperature=0.0, max_tokens=64):
+    for last in client.stream(STREAMED, seed=SEED, max_tokens=64):
         print(last.text, end="", file=out, flush=True)
     if last is not None and last.choices:
         choice = last.choices[-1]
@@ -88,14 +96,15 @@ def show_stream(client: Client, out: TextIO) -> None:
 def show_pair(client: Client, out: TextIO) -> None:
     """Two answers that share the steps of the server."""
     with ThreadPoolExecutor(len(SIDE_BY_SIDE)) as pool:
-        ask = [pool.submit(client.generate, prompt, seed=7, max_tokens=48) for prompt in SIDE_BY_SIDE]
+        ask = [pool.submit(client.generate, prompt, seed=SEED, max_tokens=48) for prompt in SIDE_BY_SIDE]
         for k, (prompt, reply) in enumerate(zip(SIDE_BY_SIDE, ask, strict=True), 1):
             print(
-                f"\n--- GenerateUnary, {k} of {len(ask)} at once, seed 7\n{prompt}{reply.result().text}", file=out
+                f"\n--- GenerateUnary, {k} of {len(ask)} at once, seed {SEED}\n{prompt}{reply.result().text}",
+                file=out,
             )
 
 
 def show_chat(client: Client, out: TextIO) -> None:
     """A chat under the model's own template."""
-    reply = client.chat([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=64)
+    reply = client.chat([{"role": "user", "content": QUESTION}], seed=SEED, max_tokens=64)
     print(f"\n--- Chat\nuser: {QUESTION}\nassistant: {reply.text}", file=out, flush=True)
