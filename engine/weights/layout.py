@@ -17,7 +17,7 @@ Cost: one copy of each part. Source: the fused, per-shard interleaved columns ar
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import lcm, prod
@@ -31,7 +31,8 @@ from sharding.rules import TENSOR
 
 EIGHTHS = 8  # widths are cut in eighths whatever the mesh, see the numerics mode `invariant`
 ALIGNMENT = 64  # bytes
-BAND = 16  # rows moved together, 5 times as fast as a whole matrix
+BAND = 16  # rows moved together: a transposing copy of more at once misses the cache at every number
+PIECE = 1 << 22  # numbers read at once
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], np.ndarray]  # (name of a tensor, slice of each axis) -> that part of it
@@ -100,6 +101,15 @@ class Parameter:
         return (index[self.axis].start or 0) // (self.shape[self.axis] // self.shards)
 
 
+class Piece(NamedTuple):
+    """A slice of a tensor on disk, and where in a shard's part it goes."""
+
+    name: str
+    cut: Index
+    order: tuple[int, ...]  # axes of the file in the order of the part
+    target: tuple[int | slice, ...]
+
+
 def padded(size: int, tp: int) -> int:
     """`size` rounded up so that its eighths and its shares over `tp` devices are whole and equal."""
     multiple = lcm(EIGHTHS, tp)
@@ -121,47 +131,50 @@ def parameters(config: ModelConfig, tp: int) -> tuple[Parameter, ...]:
     return (*top, *layers)
 
 
-def read_part(parameter: Parameter, shard: int, read: Read, dtype: np.dtype) -> np.ndarray:
-    """The local array of `shard` in `dtype`, zero where its share is padding.
-
-    `read` is asked for the shard's own slices and for nothing else; empty ones are not asked for.
-    """
-    local = _zeros(parameter.local_shape, dtype)
-    start = 0
+def pieces(parameter: Parameter, shard: int) -> Iterator[Piece]:
+    """What `shard` reads, a few megabytes at a time: its own slices and nothing else, none of them empty."""
+    taken = 0  # of the split axis, by the parts before
     for number, part in enumerate(parameter.parts):
-        target = local[number] if parameter.stacked else local
-        if part.axis is not None:
-            column = part.order.index(part.axis)
-            target = local[(slice(None),) * column + (slice(start, start + part.step),)]
-            start += part.step
-        cut = part.cut(shard)
-        if all(piece.stop > piece.start for piece in cut):
-            _move(read(part.name, cut), part.order, target)
-    return local
+        cut, order = part.cut(shard), part.order
+        corner = [taken if axis == part.axis else 0 for axis in range(len(cut))]
+        taken += part.step
+        width = prod(piece.stop - piece.start for piece in cut[1:])
+        rows = max(PIECE // max(width, 1) // BAND, 1) * BAND
+        for first in range(cut[0].start, cut[0].stop if width else 0, rows):
+            piece = (slice(first, min(first + rows, cut[0].stop)), *cut[1:])
+            start = [corner[0] + first - cut[0].start, *corner[1:]]
+            target = tuple(slice(start[axis], start[axis] + piece[axis].stop - piece[axis].start) for axis in order)
+            yield Piece(part.name, piece, order, (number, *target) if parameter.stacked else target)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros at an address that JAX takes over on a CPU device, where it would else copy them."""
-    size = prod(shape) * dtype.itemsize
+def blank(parameter: Parameter, dtype: np.dtype) -> np.ndarray:
+    """A shard's part before anything is read: zeros, at an address that a CPU device takes over without a copy."""
+    size = prod(parameter.local_shape) * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(parameter.local_shape)
 
 
-def _move(source: np.ndarray, order: tuple[int, ...], target: np.ndarray) -> None:
-    """Copies `source`, its axes in `order`, to the start of `target`, casting on the way.
+def fill(local: np.ndarray, piece: Piece, read: Read) -> None:
+    """Reads a piece into the part it belongs to, casting on the way.
 
-    Narrow bands of rows: a transposing copy of a whole matrix would touch a new cache line for every number.
+    A number too large for the dtype becomes infinite, and that is found by whoever looks for such numbers.
     """
-    within = tuple(slice(0, source.shape[axis]) for axis in order)
-    # A number too large for the dtype becomes infinite, and that is found by whoever looks for such numbers.
+    source, target = read(piece.name, piece.cut), local[piece.target]
     with np.errstate(over="ignore", invalid="ignore"):
-        if order != (1, 0):
-            target[within] = source.transpose(order)
+        if piece.order != (1, 0):
+            target[...] = source.transpose(piece.order)
             return
         for row in range(0, source.shape[0], BAND):
-            band = source[row : row + BAND]
-            target[: source.shape[1], row : row + len(band)] = band.T
+            target[:, row : row + BAND] = source[row : row + BAND].T
+
+
+def read_part(parameter: Parameter, shard: int, read: Read, dtype: np.dtype) -> np.ndarray:
+    """The part of `shard` in `dtype`, zero where its share is padding."""
+    local = blank(parameter, dtype)
+    for piece in pieces(parameter, shard):
+        fill(local, piece, read)
+    return local
 
 
 def _top(config: ModelConfig) -> list[tuple]:

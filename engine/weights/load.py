@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.weights.layout import Parameter, parameters, read_part
+from engine.weights.layout import Parameter, blank, fill, parameters, pieces
 from engine.weights.source import ModelFolder, open_tensors
 from engine.weights.tensors import Tensors, check_tensors
 from sharding.rules import TENSOR, place
@@ -96,15 +96,14 @@ def _array(
 ) -> jax.Array:
     sharding = place(row.letters, row.shape, TENSOR, mesh)
     shards = {row.shard(index) for index in sharding.addressable_devices_indices_map(row.shape).values()}
-
-    def part(shard: int) -> np.ndarray:
-        local = read_part(row, shard, tensors.read, dtype)
-        if not allow_non_finite:
-            _check_part(tensors, row, shard, local)
-        return local
-
-    parts = dict(zip(shards, pool.map(part, shards), strict=True))
-    return jax.make_array_from_callback(row.shape, sharding, lambda index: parts[row.shard(index)])
+    local = {shard: blank(row, dtype) for shard in shards}
+    work = [(local[shard], piece) for shard in shards for piece in pieces(row, shard)]
+    for _ in pool.map(lambda todo: fill(*todo, tensors.read), work):
+        pass
+    if not allow_non_finite:
+        for shard, part in local.items():
+            _check_part(tensors, row, shard, part)
+    return jax.make_array_from_callback(row.shape, sharding, lambda index: local[row.shard(index)])
 
 
 def _check_part(tensors: Tensors, row: Parameter, shard: int, local: np.ndarray) -> None:
