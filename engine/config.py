@@ -126,8 +126,12 @@ class Settings:
     max_model_len: int | None = row(None, COUNT, "longest sequence, prompt and output; at most the model's context")
     kv_memory: int | None = row(None, BYTES, "bytes of each device for KV blocks")
     block_size: int | None = row(None, BLOCK, "positions in a KV block")
-    max_num_seqs: int = row(64, COUNT, "most sequences that step together")
-    max_num_batched_tokens: int = row(512, COUNT, "most tokens in a step")
+    max_num_seqs: int | None = row(
+        None, COUNT, "most sequences that step together; default: 8 on CPU, 256 on a GPU"
+    )
+    max_num_batched_tokens: int | None = row(
+        None, COUNT, "most tokens in a step; default: 128 on CPU, 2048 on a GPU"
+    )
     served_model_name: str | None = row(None, TEXT, "the name clients use; default: that of the model")
     numerics: str = row(
         "fast", one_of("fast", "invariant"), "invariant: the same bits in any batch and on any mesh"

@@ -39,6 +39,8 @@ from sharding.mesh import MeshSpec, lane_axes
 WORD, MIB = 4, 1 << 20
 CPU_BLOCK, GPU_BLOCK = 16, 64  # positions
 CPU_CONTEXT, GPU_CONTEXT = 2048, 8192  # unless the model's is shorter or a longer one is asked for
+CPU_ROWS, GPU_ROWS = 8, 256
+CPU_TOKENS, GPU_TOKENS = 128, 2048  # of a step
 CPU_KV_BYTES = 1 << 30
 GPU_SHARE = 0.85  # of a device's memory for weights and KV; the rest is for temporaries and the runtime
 
@@ -165,7 +167,8 @@ def decide(settings: Settings, config: ModelConfig, spec: MeshSpec, device: Devi
         raise ConfigError(
             wrong("max_model_len", context, f"at most the model's context {config.context}"), field="max_model_len"
         )
-    rows, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    rows = settings.max_num_seqs or (CPU_ROWS if on_cpu else GPU_ROWS)
+    tokens = settings.max_num_batched_tokens or max(CPU_TOKENS if on_cpu else GPU_TOKENS, rows)
     if tokens < rows:
         expected = f"at least max_num_seqs {rows}, so that every sequence can step"
         raise ConfigError(wrong("max_num_batched_tokens", tokens, expected), field="max_num_batched_tokens")

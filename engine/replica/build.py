@@ -8,11 +8,9 @@ Everything that can be refused is refused before weights are read, and weights b
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from prometheus_client import CollectorRegistry
 
@@ -24,35 +22,20 @@ from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import ConfigError, ModelError, wrong
 from engine.models.config import ModelConfig, from_hf
 from engine.observe.metrics import Metrics
+from engine.planning import Choice, Device, decide
 from engine.replica.lane import Lane
 from engine.replica.replica import ModelInfo, Replica
 from engine.runner.buckets import COARSE, FINE, buckets
 from engine.runner.runner import Model, Runner
-from engine.runner.state import Sizes, pool_dtype
 from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
+from pallas_kernels.dispatch import platform_of
 from sharding.mesh import MeshSpec, lane_meshes, parse_mesh, valid_sizes
 
 logger = logging.getLogger("serac.build")
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
-
-CPU_BLOCK, GPU_BLOCK = 16, 64
-CPU_KV_BYTES = 1 << 30  # a device
-GPU_SHARE = 0.85  # of a device's memory for weights and KV; the rest is for temporaries and the runtime
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What the settings left open, decided for this model on these devices."""
-
-    spec: MeshSpec
-    meshes: tuple[Mesh, ...]
-    dtype: np.dtype
-    sizes: Sizes
-    max_tokens: int
-    kv_bytes: int  # of one device
 
 
 def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clock | None = None) -> Replica:
@@ -62,26 +45,25 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     text = Text(folder.path)
     if text.vocab > config.vocab:
         raise ModelError(f"tokenizer.json: {text.vocab} token ids; expected at most vocab_size {config.vocab}")
-    choices = choose(settings, config)
+    spec, meshes, choice = choose(settings, config)
     use_compile_cache(settings.compile_cache)
     name = settings.served_model_name or folder.name
-    eos_ids = tuple(text.eos_ids)
-    info = ModelInfo(name, folder.short_revision, choices.sizes.max_length, config.vocab, eos_ids, text.defaults)
-    sizes = choices.sizes
+    eos_ids, sizes = tuple(text.eos_ids), choice.sizes
+    info = ModelInfo(name, folder.short_revision, sizes.max_length, config.vocab, eos_ids, text.defaults)
     limits = Limits(
         config.vocab, sizes.max_length, (sizes.num_blocks - 1) * sizes.block_size, sizes.block_size, eos_ids
     )
     made = Replica(
         info, text, limits, clock or SystemClock(), Metrics(CollectorRegistry()), max_open=settings.max_calls
     )
-    runners = [_runner(settings, folder, config, choices, mesh, progress) for mesh in choices.meshes]
-    root = prefix.root(folder.revision, settings.numerics, str(choices.dtype), "k_PKCH", str(sizes.block_size))
+    runners = [_runner(settings, folder, config, choice, mesh, progress) for mesh in meshes]
+    root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
     for index, runner in enumerate(runners):
         shape = LaneShape(
             sizes.num_blocks,
             sizes.block_size,
             sizes.max_rows,
-            choices.max_tokens,
+            choice.max_tokens,
             sizes.max_length,
             config.vocab,
             eos_ids,
@@ -94,78 +76,39 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     made.late_compiles = lambda: max(runner.compiles.late for runner in runners)
     for runner in runners:
         runner.compiles.seal()
-    made.describe = describe(settings, folder, config, choices, runners)
+    made.describe = describe(folder, config, spec, choice, runners)
     return made
 
 
 def _runner(
-    settings: Settings, folder: ModelFolder, config: ModelConfig, choices: Choices, mesh: Mesh, progress: Progress
+    settings: Settings, folder: ModelFolder, config: ModelConfig, choice: Choice, mesh: Mesh, progress: Progress
 ) -> Runner:
     weights = load(
         folder,
         config,
         mesh,
-        choices.dtype,
+        choice.dtype,
         allow_non_finite=settings.allow_non_finite,
         progress=lambda done, total: progress("loading weights", done, total),
     )
-    model = Model(config, weights, mesh, choices.dtype, settings.numerics)
+    model = Model(config, weights, mesh, choice.dtype, choice.numerics)
     most = COARSE if mesh.devices.flat[0].platform == "cpu" else FINE
-    runner = Runner(model, choices.sizes, buckets(choices.sizes.max_rows, choices.max_tokens, most))
+    runner = Runner(model, choice.sizes, buckets(choice.sizes.max_rows, choice.max_tokens, most))
     runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total))
     return runner
 
 
-def choose(settings: Settings, config: ModelConfig) -> Choices:
+def choose(settings: Settings, config: ModelConfig) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:
     """Everything the settings leave open, before anything is loaded. Raises ConfigError."""
     devices = _devices(settings.device)
-    platform = devices[0].platform
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
+    device = Device(platform_of(devices[0]), memory, None)
     try:
         spec = _spec(settings.mesh, config, len(devices))
         meshes = lane_meshes(spec, config.heads, config.kv_heads, devices)
+        return spec, meshes, decide(settings, config, spec, device)
     except ValueError as error:
         raise ConfigError(str(error), field="mesh") from error
-    if settings.numerics == "invariant" and spec.tp not in (1, 2, 4, 8):
-        raise ConfigError(
-            wrong("mesh", f"tp={spec.tp}", "tp of 1, 2, 4 or 8 with --numerics invariant"), field="mesh"
-        )
-    dtype = _dtype(settings.dtype, platform)
-    context = settings.max_model_len or min(config.context, 8192 if platform != "cpu" else 2048)
-    if context > config.context:
-        raise ConfigError(wrong("max_model_len", context, f"at most the model's context {config.context}"))
-    block_size = settings.block_size or (CPU_BLOCK if platform == "cpu" else GPU_BLOCK)
-    rows, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
-    if tokens < rows:
-        raise ConfigError(
-            wrong(
-                "max_num_batched_tokens", tokens, f"at least max_num_seqs {rows}, so that every sequence can step"
-            )
-        )
-    kv_bytes = settings.kv_memory or _kv_bytes(devices[0], config, spec, dtype)
-    sizes = Sizes(
-        _blocks(config, spec, dtype, platform, block_size, context, rows, kv_bytes), block_size, rows, context
-    )
-    return Choices(spec, meshes, dtype, sizes, tokens, kv_bytes)
-
-
-def block_bytes(config: ModelConfig, kv_ways: int, itemsize: int, block_size: int) -> int:
-    """Bytes that one block takes on one device: keys and values of all layers."""
-    return 2 * config.num_layers * (config.kv_heads // kv_ways) * block_size * config.head_width * itemsize
-
-
-def _blocks(config, spec, dtype, platform, block_size, context, rows, kv_bytes) -> int:
-    """Blocks of a pool that fits `kv_bytes` a device, and no more than all rows can ever fill."""
-    per_block = block_bytes(config, min(config.kv_heads, spec.tp), pool_dtype(dtype, platform).itemsize, block_size)
-    one_sequence = -(-context // block_size)
-    blocks = min(kv_bytes // per_block, rows * one_sequence + 1)
-    if blocks < one_sequence + 1:
-        raise ConfigError(
-            f"kv_memory: got {kv_bytes} bytes, room for {blocks} blocks; expected {one_sequence + 1} blocks = "
-            f"{(one_sequence + 1) * per_block} bytes, one sequence of {context} tokens; lower --max-model-len or "
-            "raise --kv-memory",
-            field="kv_memory",
-        )
-    return int(blocks)
 
 
 def _devices(wanted: str) -> list[jax.Device]:
@@ -182,22 +125,6 @@ def _spec(text: str, config: ModelConfig, visible: int) -> MeshSpec:
     if text != "auto":
         return parse_mesh(text)
     return MeshSpec(tp=max(size for size in valid_sizes(config.heads, config.kv_heads) if size <= visible))
-
-
-def _dtype(wanted: str, platform: str) -> np.dtype:
-    if wanted == "auto":
-        wanted = "float32" if platform == "cpu" else "bfloat16"
-    return np.dtype(jax.numpy.dtype(wanted))
-
-
-def _kv_bytes(device: jax.Device, config: ModelConfig, spec: MeshSpec, dtype: np.dtype) -> int:
-    stats = device.memory_stats() or {}
-    if device.platform == "cpu" or "bytes_limit" not in stats:
-        return CPU_KV_BYTES
-    per_layer = config.width * (config.heads + 2 * config.kv_heads) * config.head_width
-    per_layer += config.width * (config.heads * config.head_width + 3 * config.ffn)
-    weights = (config.num_layers * per_layer + 2 * config.vocab * config.width) * dtype.itemsize // spec.tp
-    return max(int(stats["bytes_limit"] * GPU_SHARE) - weights, 1)
 
 
 def use_compile_cache(folder: Path | None) -> None:
@@ -220,32 +147,37 @@ def use_compile_cache(folder: Path | None) -> None:
 
 
 def describe(
-    settings: Settings, folder: ModelFolder, config: ModelConfig, choices: Choices, runners: list[Runner]
+    folder: ModelFolder, config: ModelConfig, spec: MeshSpec, choice: Choice, runners: list[Runner]
 ) -> dict[str, object]:
     """What will run where and how memory is spent, for the banner and GetServerInfo; bytes are of one device."""
-    first = choices.meshes[0].devices.flat[0]
-    weights = sum(w.addressable_shards[0].data.nbytes for w in jax.tree.leaves(runners[0].model.weights))
-    state = runners[0].state
+    runner = runners[0]
+    first = runner.model.mesh.devices.flat[0]
     return {
         "model": folder.name,
         "revision": folder.short_revision,
         "architecture": config.architecture,
         "device": first.device_kind,
         "platform": first.platform,
-        "devices": choices.spec.size,
-        "mesh": str(choices.spec),
-        "lane_axes": dict(choices.meshes[0].shape),
-        "dtype": str(choices.dtype),
-        "numerics": settings.numerics,
-        "context": choices.sizes.max_length,
-        "block_size": choices.sizes.block_size,
-        "num_blocks": choices.sizes.num_blocks,
-        "max_num_seqs": choices.sizes.max_rows,
-        "max_num_batched_tokens": choices.max_tokens,
-        "programs": len(runners[0].programs),
-        "buckets": [str(bucket) for bucket in runners[0].buckets],
-        "weights_bytes": int(weights),
-        "kv_bytes": int(sum(pool.addressable_shards[0].data.nbytes for pool in (state.k_PKCH, state.v_PKCH))),
-        "temporary_bytes": max((p.temp_bytes or 0) for p in runners[0].programs.values()),
+        "devices": spec.size,
+        "mesh": str(spec),
+        "lane_axes": dict(runner.model.mesh.shape),
+        "dtype": str(choice.dtype),
+        "numerics": choice.numerics,
+        "context": choice.sizes.max_length,
+        "block_size": choice.sizes.block_size,
+        "num_blocks": choice.sizes.num_blocks,
+        "max_num_seqs": choice.sizes.max_rows,
+        "max_num_batched_tokens": choice.max_tokens,
+        "programs": len(runner.programs),
+        "buckets": [str(bucket) for bucket in runner.buckets],
+        "weights_bytes": _device_bytes(runner.model.weights),
+        "kv_bytes": _device_bytes((runner.state.k_PKCH, runner.state.v_PKCH)),
+        "state_bytes": _device_bytes((runner.state.history_RS, runner.state.table_RM, runner.draws)),
+        "temporary_bytes": max((p.temp_bytes or 0) for p in runner.programs.values()),
         "compile_seconds": round(sum(p.compile_s for r in runners for p in r.programs.values()), 2),
     }
+
+
+def _device_bytes(arrays: object) -> int:
+    """Bytes of a tree of arrays on one device."""
+    return sum(int(array.addressable_shards[0].data.nbytes) for array in jax.tree.leaves(arrays))
