@@ -16,16 +16,17 @@ Source: the note in vLLM `v1/core/sched/scheduler.py::Scheduler.schedule` for th
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.core import prefix
 from engine.core.blocks import BlockPool
 from engine.core.events import Ended, Event
-from engine.core.plan import BLOCK, COUNT, DRAW, ROW, SCORE, START, Load, StepPlan, StepResult
+from engine.core.plan import BLOCK, Load, StepPlan, StepResult
 from engine.core.request import Request
-from engine.core.rows import Rows
+from engine.core.rows import NOBODY, Cohort, Picked, Rows
 from engine.core.sequence import Sequence, State, sequences
 from engine.core.settle import settle
 from engine.errors import DeadlineExceeded, DeviceError, SeracError
@@ -45,13 +46,47 @@ class LaneShape:
     prefix_cache: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A plan in flight: who sat in its rows, and where each chunk of a prompt ends."""
+class Chunk(NamedTuple):
+    """Tokens of one prompt in a plan; its points are `first_point` and on."""
+
+    sequence: Sequence
+    start: int
+    size: int
+    score: int
+    draw: int
+    first_point: int
+
+    @property
+    def end(self) -> int:
+        """Positions computed after the step."""
+        return self.start + self.size
+
+    @property
+    def line(self) -> tuple[int, ...]:
+        """Its row of the plan."""
+        return self.sequence.row, self.start, self.size, 0, self.score, self.draw
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making: what it holds beside decodes, and what it may still take."""
+
+    tokens_left: int
+    points_left: int
+    num_points: int
+    loads: list[Load] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class Flight(NamedTuple):
+    """A plan in flight: which rows draw, who sat in them, where their points are; and its chunks."""
 
     plan: StepPlan
-    serials: np.ndarray  # int64 [rows]
-    chunks: tuple[tuple[Sequence, int, int], ...]  # (sequence, plan row, positions computed after the step)
+    era: int
+    rows: Picked
+    serials: np.ndarray  # int64, one a drawing row
+    points: Picked
+    chunks: list[Chunk]
 
 
 class Scheduler:
@@ -118,54 +153,48 @@ class Scheduler:
         if (self._draining or self.suspects) and self.flights:
             return None
         self._draining = False
-        loads: list[Load] = []
-        chunks: list[tuple[Sequence, list[int]]] = []
-        rows = blocks = np.zeros(0, np.int64)
-        if self.suspects:
-            self._plan_chunks(loads, chunks, 0)
-        elif (decodes := self._plan_decodes()) is None:
+        cohort, lines = NOBODY, NOBODY.lines
+        if not self.suspects:
+            if (decodes := self._plan_decodes()) is None:
+                return None
+            cohort, lines = decodes
+        count = len(lines)
+        draft = Draft(self.shape.max_tokens - count, self.shape.max_rows - count, count)
+        if self.prefilling or self.waiting or self.suspects:
+            self._plan_chunks(draft)
+        if count + len(draft.chunks) == 0:
             return None
-        else:
-            rows, blocks = decodes
-            self._plan_chunks(loads, chunks, len(rows))
-        if len(rows) + len(chunks) == 0:
-            return None
-        return self._launch(rows, blocks, loads, chunks)
+        return self._launch(cohort, lines, draft)
 
-    def _plan_decodes(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows that decode, and the new block of each (0: none); None to wait for what is in flight."""
-        table = self.rows
+    def _plan_decodes(self) -> tuple[Cohort, np.ndarray] | None:
+        """The rows that decode, and what the plan says of them; None to wait for what is in flight."""
         while True:
-            rows = table.wanting()
-            fresh = np.flatnonzero(table.computed[rows] % self.shape.block_size == 0)
-            if len(fresh) <= self.pool.available:
+            cohort = self.rows.cohort()
+            full = cohort.full()
+            if len(full) <= self.pool.available:
                 break
             if self.flights:
                 self._draining = True
                 return None
             self._preempt(next(reversed(self.running.values())))
-        blocks = np.zeros(len(rows), np.int64)
-        if len(fresh):
-            blocks[fresh] = taken = self.pool.take(len(fresh))
-            table.grow(rows[fresh], taken)
-        table.decode(rows)
-        return rows, blocks
+        lines = self.rows.decode(cohort)
+        if len(full):
+            blocks = self.pool.take(len(full))
+            self.rows.grow(cohort, full, blocks)
+            lines[full, BLOCK] = blocks
+        return cohort, lines
 
-    def _plan_chunks(self, loads: list[Load], chunks: list[tuple[Sequence, list[int]]], decodes: int) -> None:
+    def _plan_chunks(self, draft: Draft) -> None:
         """Spend what the decodes left on prompts: seated ones first, then waiting ones while they fit."""
-        budget, points = self.shape.max_tokens - decodes, self.shape.max_rows - decodes
         for sequence in list(self.prefilling.values()):
-            if (row := self._chunk(sequence, budget, points)) is not None:
-                chunks.append((sequence, row))
-                budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
-        while budget > 0 and points > 0 and self.rows.free and (newcomer := self._next()) is not None:
-            if not self._seat(newcomer):
+            self._chunk(sequence, draft)
+        while draft.tokens_left > 0 and draft.points_left > 0 and self.rows.free:
+            newcomer = self._next()
+            if newcomer is None or not self._seat(newcomer):
                 break
             table = self.rows.table[newcomer.row, : self.rows.num_blocks[newcomer.row]].copy()
-            loads.append(Load(newcomer.row, newcomer.tokens, table, newcomer.draw))
-            if (row := self._chunk(newcomer, budget, points)) is not None:
-                chunks.append((newcomer, row))
-                budget, points = budget - row[COUNT], points - row[SCORE] - row[DRAW]
+            draft.loads.append(Load(newcomer.row, newcomer.tokens, table, newcomer.draw))
+            self._chunk(newcomer, draft)
 
     def _next(self) -> Sequence | None:
         """The next sequence to seat: the first that waits, or alone the first suspect."""
@@ -194,46 +223,43 @@ class Scheduler:
         self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence
         return True
 
-    def _chunk(self, sequence: Sequence, budget: int, points: int) -> list[int] | None:
-        """The next chunk of a prefilling sequence within `budget` tokens and `points` logits; None for none."""
+    def _chunk(self, sequence: Sequence, draft: Draft) -> None:
+        """Plan the next chunk of a prefilling sequence, if the draft has tokens and points for one."""
         table, row = self.rows, sequence.row
-        start, length = int(table.computed[row]), int(table.length[row])
-        count = min(length - start, budget)
+        start, length = int(table.computed[row]), table.known(row)
+        count = min(length - start, draft.tokens_left)
         if sequence.scores:
-            count = min(count, max(sequence.scored - start, 0) + points)
+            count = min(count, max(sequence.scored - start, 0) + draft.points_left)
         last = start + count == length
-        if count <= 0 or sequence.held or (last and points <= 0):
-            return None
+        if count <= 0 or sequence.held or (last and draft.points_left <= 0):
+            return
         score = max(start + count - max(start, sequence.scored) - last, 0) if sequence.scores else 0
         table.computed[row] += count
         if last:
             del self.prefilling[sequence.serial]
-            table.length[row] += 1
             table.open(row)
-        return [row, start, count, 0, score, int(last)]
+        draft.chunks.append(Chunk(sequence, start, count, score, int(last), draft.num_points))
+        draft.tokens_left -= count
+        draft.points_left -= score + last
+        draft.num_points += score + last
 
-    def _launch(
-        self, rows: np.ndarray, blocks: np.ndarray, loads: list[Load], chunks: list[tuple[Sequence, list[int]]]
-    ) -> StepPlan:
+    def _launch(self, cohort: Cohort, lines: np.ndarray, draft: Draft) -> StepPlan:
         """Write the plan down and remember it as in flight."""
-        table = np.empty((len(rows) + len(chunks), 6), np.int32)
-        decodes = table[: len(rows)]
-        decodes[:, ROW], decodes[:, BLOCK] = rows, blocks
-        decodes[:, START] = self.rows.computed[rows] - 1
-        decodes[:, COUNT], decodes[:, SCORE], decodes[:, DRAW] = 1, 0, 1
-        num_tokens = num_points = len(rows)
-        one_token, scores = True, False
-        for k, (_, row) in enumerate(chunks, len(rows)):
-            table[k] = row
-            num_tokens += row[COUNT]
-            num_points += row[SCORE] + row[DRAW]
-            one_token &= row[COUNT] == 1 and row[DRAW] == 1 and row[SCORE] == 0
-            scores |= row[SCORE] > 0
-        seats = table[:, ROW]
-        plain = not scores and bool(self.rows.plain[seats].all())
-        plan = StepPlan(self._step, table, tuple(loads), num_tokens, num_points, one_token, plain)
-        ends = tuple((sequence, k, row[START] + row[COUNT]) for k, (sequence, row) in enumerate(chunks, len(rows)))
-        self.flights.append(Flight(plan, self.rows.serial[seats], ends))
+        count, chunks = len(lines), draft.chunks
+        rows, serials = cohort.rows, cohort.serials
+        points: Picked = slice(0, count)
+        num_tokens, one_token, plain = count, True, cohort.plain
+        if chunks:
+            lines = np.concatenate([lines, np.array([chunk.line for chunk in chunks], np.int32)])
+            num_tokens = self.shape.max_tokens - draft.tokens_left
+            one_token = all((chunk.size, chunk.score, chunk.draw) == (1, 0, 1) for chunk in chunks)
+            plain &= all(chunk.score == 0 and chunk.sequence.draw.plain for chunk in chunks)
+            if drawing := [chunk for chunk in chunks if chunk.draw]:
+                rows = np.append(cohort.numbers, [chunk.sequence.row for chunk in drawing])
+                serials = np.append(serials, [chunk.sequence.serial for chunk in drawing])
+                points = np.append(np.arange(count), [chunk.first_point + chunk.score for chunk in drawing])
+        plan = StepPlan(self._step, lines, tuple(draft.loads), num_tokens, draft.num_points, one_token, plain)
+        self.flights.append(Flight(plan, self.rows.era, rows, serials, points, chunks))
         self._step += 1
         return plan
 
@@ -319,7 +345,8 @@ class Scheduler:
     def fail(self, step: int, message: str) -> None:
         """Step `step` raised and the device's pool is gone: everyone waits again, its sequences as suspects."""
         flight = next(f for f in self.flights if f.plan.step == step)
-        culprits = [s for serial in flight.serials.tolist() if (s := self.live.get(serial)) is not None]
+        serials = flight.serials.tolist() + [chunk.sequence.serial for chunk in flight.chunks]
+        culprits = [s for serial in dict.fromkeys(serials) if (s := self.live.get(serial)) is not None]
         trial = bool(self.suspects)
         self.flights.clear()
         self.limbo.clear()

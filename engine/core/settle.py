@@ -9,64 +9,52 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.core.events import Emission, Scored
-from engine.core.plan import COUNT, DRAW, ROW, SCORE, START, StepResult
+from engine.core.plan import StepResult
+from engine.core.rows import Picked
 from engine.core.sequence import Sequence
 from engine.errors import NumericError
 
 if TYPE_CHECKING:
-    from engine.core.scheduler import Flight, Scheduler
-
-Picked = np.ndarray | slice
+    from engine.core.scheduler import Chunk, Flight, Scheduler
 
 
 def settle(scheduler: "Scheduler", flight: "Flight", result: StepResult) -> None:
     """Take `result` of `flight` into `scheduler`."""
-    _settle_chunks(scheduler, flight, result)
-    rows = flight.plan.rows
-    picked: Picked = slice(None)
-    points: Picked = slice(None)
-    if not flight.plan.one_token:
-        picked = np.flatnonzero(rows[:, DRAW])
-        points = (np.cumsum(rows[:, SCORE] + rows[:, DRAW]) - 1)[picked]
-    seats, serials = rows[picked, ROW].astype(np.int64), flight.serials[picked]
-    alive = scheduler.rows.serial[seats] == serials
-    if not alive.all():
-        points = np.arange(len(result.tokens))[points][alive]
-        seats, serials = seats[alive], serials[alive]
-    if len(seats):
-        _settle_draws(scheduler, result, seats, serials, points)
+    for chunk in flight.chunks:
+        _settle_chunk(scheduler, chunk, result)
+    table, rows, serials, points = scheduler.rows, flight.rows, flight.serials, flight.points
+    if flight.era != table.era:
+        alive = table.serial[rows] == serials
+        if not alive.all():
+            rows, serials = table.numbers[rows][alive], serials[alive]
+            points = np.arange(len(result.tokens))[points][alive]
+    if len(serials):
+        _settle_draws(scheduler, result, rows, serials, points)
 
 
-def _settle_chunks(scheduler: "Scheduler", flight: "Flight", result: StepResult) -> None:
-    table = scheduler.rows
-    rows = flight.plan.rows
-    ends = np.cumsum(rows[:, SCORE] + rows[:, DRAW])
-    for sequence, k, settled in flight.chunks:
-        row = sequence.row
-        if row < 0 or table.serial[row] != flight.serials[k]:
-            continue
-        table.settled[row] = settled
-        if rows[k, SCORE]:
-            first = int(ends[k] - rows[k, DRAW] - rows[k, SCORE])
-            if not _settle_scores(scheduler, sequence, rows[k], result, slice(first, first + int(rows[k, SCORE]))):
-                continue
-        blocks = table.table[row, : settled // scheduler.shape.block_size].tolist()
-        scheduler.publish(sequence, blocks, settled)
-        if settled >= sequence.prompt_length:
-            scheduler.wake(sequence)
+def _settle_chunk(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) -> None:
+    sequence, row = chunk.sequence, chunk.sequence.row
+    if row < 0:
+        return
+    scheduler.rows.settled[row] = chunk.end
+    if chunk.score and not _settle_scores(scheduler, chunk, result):
+        return
+    blocks = scheduler.rows.table[row, : chunk.end // scheduler.shape.block_size].tolist()
+    scheduler.publish(sequence, blocks, chunk.end)
+    if chunk.end >= sequence.prompt_length:
+        scheduler.wake(sequence)
 
 
-def _settle_scores(
-    scheduler: "Scheduler", sequence: Sequence, row: np.ndarray, result: StepResult, points: slice
-) -> bool:
+def _settle_scores(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) -> bool:
     """Report scored prompt tokens; False when their logits were not finite and the sequence ended."""
+    sequence, points = chunk.sequence, slice(chunk.first_point, chunk.first_point + chunk.score)
     if not result.finite[points].all():
-        _end_numeric(scheduler, sequence, int(row[START]))
+        _end_numeric(scheduler, sequence, chunk.start)
         return False
     assert result.logprob is not None and result.rank is not None
     assert result.top_ids is not None and result.top_logprobs is not None
-    last = int(row[START] + row[COUNT]) - int(row[DRAW])
-    first = last - int(row[SCORE]) + 1
+    last = chunk.end - chunk.draw
+    first = last - chunk.score + 1
     scheduler.events.append(
         Scored(
             sequence,
@@ -82,28 +70,34 @@ def _settle_scores(
 
 
 def _settle_draws(
-    scheduler: "Scheduler", result: StepResult, seats: np.ndarray, serials: np.ndarray, points: Picked
+    scheduler: "Scheduler", result: StepResult, rows: Picked, serials: np.ndarray, points: Picked
 ) -> None:
     table = scheduler.rows
     tokens, finite = result.tokens[points], result.finite[points]
     if not finite.all():
-        for row in seats[~finite].tolist():
+        for row in table.numbers[rows][~finite].tolist():
             if (sequence := table.occupant[row]) is not None:
-                _end_numeric(scheduler, sequence, int(table.known[row]))
-        seats, serials, tokens = seats[finite], serials[finite], tokens[finite]
+                _end_numeric(scheduler, sequence, table.known(row))
+        rows, serials, tokens = table.numbers[rows][finite], serials[finite], tokens[finite]
         points = np.arange(len(result.tokens))[points][finite]
-    ends = table.receive(seats, tokens)
+    ends = table.receive(rows, tokens)
     scheduler.events.append(_emission(result, serials, tokens, points))
-    for row, token in zip(seats[ends].tolist(), tokens[ends].tolist(), strict=True):
-        if (sequence := table.occupant[row]) is not None:
+    if ends.any():
+        _end_drawn(scheduler, table.numbers[rows][ends].tolist(), tokens[ends].tolist())
+    if scheduler.suspects:
+        for row in table.numbers[rows][~ends].tolist():
+            if (sequence := table.occupant[row]) is not None:
+                scheduler.pass_trial(sequence)
+
+
+def _end_drawn(scheduler: "Scheduler", rows: list[int], tokens: list[int]) -> None:
+    """End the sequences in `rows`, each with its last token."""
+    for row, token in zip(rows, tokens, strict=True):
+        if (sequence := scheduler.rows.occupant[row]) is not None:
             if token in sequence.stop_ids:
                 scheduler.end(sequence, "stop", stop=token)
             else:
                 scheduler.end(sequence, "length")
-    if scheduler.suspects:
-        for row in seats[~ends].tolist():
-            if (sequence := table.occupant[row]) is not None:
-                scheduler.pass_trial(sequence)
 
 
 def _emission(result: StepResult, serials: np.ndarray, tokens: np.ndarray, points: Picked) -> Emission:

@@ -230,7 +230,7 @@ def test_eos_is_watched_unless_it_is_ignored():
     lane = Lane()
     sequence = lane.submit(prompt(5), max_tokens=30)
     token = alone(prompt(5), sequence.draw, 3, VOCAB)[2]
-    lane.scheduler.rows.is_eos[token] = True
+    lane.scheduler.rows.eos_ids = (token,)
     lane.scheduler.rows.eos = frozenset({EOS})
     ignoring = lane.submit(prompt(5), seed=1, max_tokens=30, ignore_eos=True)
     lane.run()
