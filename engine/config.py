@@ -146,6 +146,7 @@ class Settings:
     port: int = row(50051, PORT, "its port")
     admin_host: str = row("127.0.0.1", TEXT, "address of the admin listener")
     admin_port: int = row(50052, PORT, "its port")
+    metrics_port: int | None = row(None, PORT, "Prometheus metrics over HTTP on the admin host; default: none")
     tls_cert: Path | None = row(None, PATH, "PEM certificate chain of both listeners")
     tls_key: Path | None = row(None, PATH, "its private key")
     token_file: Path | None = row(None, PATH, "bearer tokens, one a line; clients must send one of them")

@@ -49,6 +49,8 @@ def serve(settings: Settings, version: str, out: TextIO) -> int:
     listen.check()
     with progress(sys.stderr) as bar:
         replica = build.replica(settings, bar.show)
+    if settings.metrics_port is not None:
+        replica.metrics.serve(settings.admin_host, settings.metrics_port)
     replica.start()
     try:
         return asyncio.run(_serve(replica, listen, version, out))

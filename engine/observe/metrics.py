@@ -7,11 +7,11 @@ Cost: 0.5 us an update.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 OUTCOMES = ("stop", "length", "abort", "deadline", "error", "refused")
@@ -61,6 +61,7 @@ class Metrics:
         self._sums = {row.name: 0.0 for row in ROWS if row.bounds}
         self._bounds = {row.name: row.bounds for row in ROWS if row.bounds}
         self._registry = registry
+        self.refresh: Callable[[], None] = lambda: None  # brings gauges up to date before a scrape
         registry.register(self)
 
     def add(self, name: str, amount: float = 1, label: str = "") -> None:
@@ -84,12 +85,18 @@ class Metrics:
         """What a counter or gauge stands at."""
         return self._numbers[name, label]
 
+    def serve(self, host: str, port: int) -> int:
+        """Answer scrapes over HTTP on a thread of its own; returns the port, which 0 leaves to the system."""
+        server, _ = start_http_server(port, host, self._registry)
+        return int(server.server_address[1])
+
     def exposition(self) -> bytes:
         """Everything in the registry, in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """The families of all rows; the registry calls it on a scrape."""
+        self.refresh()
         with self._lock:
             return iter([self._histogram(row) if row.bounds else self._family(row) for row in ROWS])
 

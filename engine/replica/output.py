@@ -98,7 +98,8 @@ class Output:
     choices: list[Choice]
     sequences: list[Sequence] = field(default_factory=list)  # set by the lane's thread when it submits
     started_at: float = 0.0
-    first_at: float | None = None
+    last_at: float | None = None  # when tokens last came
+    last_count: int = 0
     held: bool = False
     closed: bool = False  # nobody reads any more
 
@@ -114,7 +115,13 @@ class Output:
 
     @property
     def waiting(self) -> int:
+        """Tokens that nobody has taken."""
         return sum(choice.waiting for choice in self.choices)
+
+    @property
+    def count(self) -> int:
+        """Tokens of the output so far."""
+        return sum(choice.count for choice in self.choices)
 
     def take(self) -> list[Delta]:
         """Everything that waits, choice by choice."""

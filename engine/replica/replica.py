@@ -73,6 +73,7 @@ class Replica:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._draining = False
+        metrics.refresh = self.refresh
         self.dispatch: Callable[[Callable[[], None]], None] = lambda call: call()
         self.describe: Mapping[str, object] = {}
         self.late_compiles: Callable[[], int] = lambda: 0
@@ -192,15 +193,25 @@ class Replica:
         now = self.clock.now()
         for output in touched:
             entry = self._open.get(output.request.request_id)
-            if output.first_at is None and output.waiting:
-                output.first_at = now
-                self.metrics.observe("time_to_first_token_seconds", now - output.started_at)
+            self._time(output, now)
             if output.ended:
                 self._settle(output, now)
             elif not output.held and output.waiting >= HELD_TOKENS:
                 self._hold(output, True)
             if entry is not None:
                 entry.notify(output)
+
+    def _time(self, output: Output, now: float) -> None:
+        """Time the first token of a request, then the gaps between its tokens."""
+        count = output.count
+        if count == output.last_count:
+            return
+        if output.last_at is None:
+            self.metrics.observe("time_to_first_token_seconds", now - output.started_at)
+        else:
+            fresh = count - output.last_count
+            self.metrics.observe("inter_token_latency_seconds", (now - output.last_at) / fresh, fresh)
+        output.last_at, output.last_count = now, count
 
     def _settle(self, output: Output, now: float) -> None:
         """Count a request whose every choice has ended, and forget it."""
@@ -211,10 +222,22 @@ class Replica:
         self.metrics.add("requests", 1, worst)
         if worst == "abort":
             self.metrics.add("cancelled")
+        self.metrics.add("prefix_queries")
+        self.metrics.add("prefix_hits", finishes[0].usage.cached_tokens > 0)
         self.metrics.add("tokens", finishes[0].usage.prompt_tokens, "prompt")
         self.metrics.add("tokens", finishes[0].usage.cached_tokens, "cached")
         self.metrics.add("tokens", sum(f.usage.completion_tokens for f in finishes), "generated")
         self.metrics.observe("request_seconds", now - output.started_at)
+
+    def refresh(self) -> None:
+        """Bring the gauges and totals of the metrics up to date."""
+        load = self.load()
+        for name in ("running", "waiting", "steps", "preemptions", "compilations_after_ready"):
+            self.metrics.set(name, load[name])
+        held = load["blocks"] - load["blocks_available"]
+        free = load["blocks_available"] - load["blocks_cached"]
+        for state, count in (("held", held), ("cached", load["blocks_cached"]), ("free", free)):
+            self.metrics.set("blocks", count, state)
 
     def load(self) -> dict[str, float]:
         """Gauges of this moment, summed over lanes."""

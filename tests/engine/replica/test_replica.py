@@ -171,3 +171,17 @@ def test_a_failing_device_is_invisible_to_clients(life):
     ids = life.run().whole("a")[1]
     assert ids == alone(output.request.prompt_ids, output.sequences[0].draw, 40, life.text.vocab)
     assert not life.devices[0].fail_collect
+
+
+def test_metrics_say_what_the_replica_did(life):
+    life.submit("a", max_tokens=20), life.submit("b", max_tokens=20)
+    life.turn(4)
+    assert b"serac_running 2.0" in life.metrics.exposition()
+    life.run()
+    lines = life.metrics.exposition().decode()
+    assert 'serac_tokens_total{kind="generated"} 40.0' in lines and "serac_running 0.0" in lines
+    assert "serac_inter_token_latency_seconds_count 38.0" in lines
+    assert (
+        "serac_time_to_first_token_seconds_count 2.0" in lines
+        and "serac_compilations_after_ready_total 0.0" in lines
+    )
