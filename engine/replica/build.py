@@ -19,7 +19,7 @@ from engine.config import Settings
 from engine.core import prefix
 from engine.core.request import Limits
 from engine.core.scheduler import LaneShape, Scheduler
-from engine.errors import ConfigError, ModelError, wrong
+from engine.errors import ConfigError, wrong
 from engine.models.config import ModelConfig, from_hf
 from engine.observe.metrics import Metrics
 from engine.planning import Choice, Device, decide
@@ -30,6 +30,7 @@ from engine.runner.runner import Model, Runner
 from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
+from engine.weights.tensors import check_vocabulary
 from pallas_kernels.dispatch import platform_of
 from sharding.mesh import MeshSpec, lane_meshes, parse_mesh, valid_sizes
 
@@ -43,8 +44,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     folder = resolve(settings.model)
     config = from_hf(folder.config())
     text = Text(folder.path)
-    if text.vocab > config.vocab:
-        raise ModelError(f"tokenizer.json: {text.vocab} token ids; expected at most vocab_size {config.vocab}")
+    check_vocabulary(text.vocab, config)
     spec, meshes, choice = choose(settings, config)
     use_compile_cache(settings.compile_cache)
     name = settings.served_model_name or folder.name
