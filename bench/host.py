@@ -33,7 +33,7 @@ FILL_TOKENS = 8192  # of prompts a step, until every row decodes
 WARM_STEPS = 32
 QUIET_SHARE = 5  # a machine that others use interrupts a step now and then
 PARTS = {  # name -> the method whose time it is; one inside another is charged to the inner one
-    "wanting": "rows.wanting",
+    "cohort": "rows.cohort",
     "take blocks": "pool.take",
     "grow tables": "rows.grow",
     "advance": "rows.decode",

@@ -38,8 +38,7 @@ class Cohort:
 
     def full(self) -> np.ndarray:
         """Lines whose next position needs a new block."""
-        full = self.starts == self.room
-        return np.flatnonzero(full) if full.any() else NONE
+        return np.flatnonzero(self.starts == self.room)
 
 
 NONE = np.zeros(0, np.int64)
@@ -142,8 +141,8 @@ class Rows:
             key, self.era, rows, numbers, self.serial[numbers], bool(self.plain[rows].all()), starts, room, lines
         )
 
-    def grow(self, cohort: Cohort, full: np.ndarray, blocks: list[int]) -> None:
-        """Append one block to each row in lines `full` of the cohort."""
+    def grow(self, cohort: Cohort, full: np.ndarray, blocks: np.ndarray) -> None:
+        """Append one of `blocks` to each row in lines `full` of the cohort."""
         rows = cohort.numbers[full]
         self.table[rows, self.num_blocks[rows]] = blocks
         self.num_blocks[rows] += 1

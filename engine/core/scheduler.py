@@ -179,7 +179,7 @@ class Scheduler:
             self._preempt(next(reversed(self.running.values())))
         lines = self.rows.decode(cohort)
         if len(full):
-            blocks = self.pool.take(len(full))
+            blocks = np.array(self.pool.take(len(full)), np.int32)
             self.rows.grow(cohort, full, blocks)
             lines[full, BLOCK] = blocks
         return cohort, lines
