@@ -211,8 +211,7 @@ def _filtered(x_BV: jax.Array, most_B: jax.Array, draws: Draws) -> jax.Array:
 
     def filtered(x_BV):
         degrees_B = jnp.where(hot_B, draws.temperature_R, 1.0)
-        weight_BV = jnp.exp((x_BV - most_B[:, None]) / degrees_B[:, None])
-        return jnp.where(kept(x_BV, weight_BV, top_k_B, top_p_B, min_p_B), x_BV, -jnp.inf)
+        return jnp.where(kept(x_BV, most_B, degrees_B, top_k_B, top_p_B, min_p_B), x_BV, -jnp.inf)
 
     return lax.cond(jnp.any(_filter_wanted(draws)), filtered, lambda x_BV: x_BV, x_BV)
 

@@ -93,7 +93,7 @@ def draw(logits, draws, histories=None, targets=None, vocab=None):
     num = len(draws)
     bucket = next(size for size in (1, 8, 64) if size >= num)
     histories = histories or [[0] * d.prompt_length for d in draws]
-    history = np.full((bucket, LENGTH), 7, np.int32)  # what lies past the length must not count
+    history = np.zeros((bucket, LENGTH), np.int32)  # what lies past the length must not count
     position, target = np.zeros(bucket, np.int32), np.full(bucket, -1, np.int32)
     for row, tokens in enumerate(histories):
         history[row, : len(tokens)], position[row] = tokens, len(tokens)
@@ -215,8 +215,9 @@ def test_bias_and_min_tokens_move_and_bar_tokens():
     greedy = {"temperature": 0.0, "prompt_length": 2}
     barred = {"stop_ids": (0, 1), "masked_until": 4}
     assert draw(logits, [record(**greedy, logit_bias=((3, 6.0), (0, -3.0)))]).tokens_B.tolist() == [3]
-    assert draw(logits, [record(**greedy, **barred)], [[2, 2, 2]]).tokens_B.tolist() == [2]
-    assert draw(logits, [record(**greedy, **barred)], [[2, 2, 2, 2]]).tokens_B.tolist() == [0]
+    lengths = [[2, 2, 2], [2, 2, 2, 2], [2] * 5]  # barred below four
+    drawn = draw(np.tile(logits, (3, 1)), [record(**greedy, **barred)] * 3, lengths)
+    assert drawn.tokens_B.tolist() == [2, 0, 0]
     both = record(**greedy, **barred, logit_bias=((0, 100.0),))
     assert draw(logits, [both], [[2, 2]]).tokens_B.tolist() == [2]
 
