@@ -25,7 +25,6 @@ from pallas_kernels.rows import as_numbers
 TILE = 64  # positions, unless a block is longer
 GROUP_BYTES = 1 << 20
 MAX_GROUP = 16
-LANES = 16  # float32 values in a 512-bit register
 NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
 
 
@@ -80,7 +79,6 @@ def attend(
     W = group_size(B * -(-table_BM.shape[1] // m), m * K * C * H * k_PKCH.dtype.itemsize)
     q_BKGH = (q_BNH.astype(jnp.float32) * scale).reshape(B, K, N // K, H)
     tiles = list_tiles(table_BM + base, lengths_B, window, m, C)
-    elementwise = platform == "cpu" and N // K <= 4 and H % LANES == 0
 
     def step(carry):
         first, state = carry
@@ -89,9 +87,11 @@ def attend(
         if window is not None:
             seen_Ws &= group.positions_Ws >= (tiles.lengths_B[group.row_W] - window)[:, None]
         seen_Ws &= group.live_W[:, None]
-        k_WmKCH, v_WmKCH = (as_numbers(pool[group.blocks_Wm]) for pool in (k_PKCH, v_PKCH))
-        scores = scores_elementwise if elementwise else scores_dot
-        part = weigh(scores(q_BKGH[group.row_W], k_WmKCH, platform), v_WmKCH, seen_Ws, platform)
+        k_WmKCH, v_WmKCH = (
+            as_numbers(pool.at[group.blocks_Wm].get(mode="promise_in_bounds")) for pool in (k_PKCH, v_PKCH)
+        )
+        scores_WmKGC = scores_of(q_BKGH[group.row_W], k_WmKCH, platform)
+        part = weigh(scores_WmKGC, v_WmKCH, seen_Ws.reshape(W, m, C), platform)
         return first + W, merge(state, part, group)
 
     places = B + W
@@ -131,47 +131,33 @@ def take(tiles: Tiles, first: jax.Array, W: int, m: int, C: int) -> Group:
     return Group(row_W, tiles.place_B[row_W], live_W, blocks_Wm, positions_Ws)
 
 
-def scores_dot(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
-    """[W, K, G, s]; the shape in which dots serve best: many query heads to a kv head."""
-    W, m, K, C, _ = k_WmKCH.shape
-    wide = jnp.float32 if platform == "cpu" else k_WmKCH.dtype  # narrow dots need instructions a CPU may lack
-    scores = jnp.einsum(
-        "WKGH,WmKCH->WKGmC", q_WKGH.astype(wide), k_WmKCH.astype(wide), preferred_element_type=jnp.float32
-    )
-    return scores.reshape(W, K, -1, m * C)
+def scores_of(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
+    """[W, m, K, G, C].
 
-
-def scores_elementwise(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
-    """[W, K, G, s] without a dot: XLA's CPU dots take 3 times as long when a kv head has two query heads.
-
-    Products are added in LANES lanes, one vector register, and the lanes by halving.
+    Blocks are an axis of the batch and keys the left operand: with m joined to C, or with queries on the left,
+    XLA on CPU transposes the keys before it multiplies.
     """
-    W, m, K, C, H = k_WmKCH.shape
-    k_WmKC1H = k_WmKCH.astype(jnp.float32)[:, :, :, :, None]
-    q_W1K1GH = q_WKGH[:, None, :, None]
-    lanes = sum(
-        k_WmKC1H[..., h : h + LANES] * q_W1K1GH[..., h : h + LANES] for h in range(0, H, LANES)
-    )  # [W, m, K, C, G, LANES]
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0].transpose(0, 2, 4, 1, 3).reshape(W, K, -1, m * C)
-
-
-def weigh(scores_WKGs: jax.Array, v_WmKCH: jax.Array, seen_Ws: jax.Array, platform: str) -> Partial:
-    """Softmax of each tile alone, and its sum of values."""
-    W, m, K, C, H = v_WmKCH.shape
-    seen_W11s = seen_Ws[:, None, None]
-    top_WKG = jnp.max(jnp.where(seen_W11s, scores_WKGs, NOTHING), axis=-1)
-    weights_WKGs = jnp.where(seen_W11s, jnp.exp(scores_WKGs - top_WKG[..., None]), 0)
-    # Where nothing was written there may be NaN, and 0 * NaN is NaN.
-    v_WmKCH = jnp.where(seen_Ws.reshape(W, m, 1, C, 1), v_WmKCH, 0)
-    wide = jnp.float32 if platform == "cpu" else v_WmKCH.dtype
-    weights_WKGmC = weights_WKGs.reshape(W, K, -1, m, C).astype(wide)
-    total_WKGH = jnp.einsum(
-        "WKGmC,WmKCH->WKGH", weights_WKGmC, v_WmKCH.astype(wide), preferred_element_type=jnp.float32
+    wide = jnp.float32 if platform == "cpu" else k_WmKCH.dtype  # narrow dots need instructions a CPU may lack
+    m = k_WmKCH.shape[1]
+    q_WmKGH = jnp.broadcast_to(q_WKGH.astype(wide)[:, None], (q_WKGH.shape[0], m, *q_WKGH.shape[1:]))
+    scores_WmKCG = jnp.einsum(
+        "WmKCH,WmKGH->WmKCG", k_WmKCH.astype(wide), q_WmKGH, preferred_element_type=jnp.float32
     )
-    return Partial(total_WKGH, top_WKG, jnp.sum(weights_WKGs, axis=-1))
+    return scores_WmKCG.swapaxes(-1, -2)
+
+
+def weigh(scores_WmKGC: jax.Array, v_WmKCH: jax.Array, seen_WmC: jax.Array, platform: str) -> Partial:
+    """Softmax of each tile alone, and its sum of values."""
+    seen_Wm11C = seen_WmC[:, :, None, None]
+    top_WKG = jnp.max(jnp.where(seen_Wm11C, scores_WmKGC, NOTHING), axis=(1, 4))
+    weights_WmKGC = jnp.where(seen_Wm11C, jnp.exp(scores_WmKGC - top_WKG[:, None, ..., None]), 0)
+    # Where nothing was written there may be NaN, and 0 * NaN is NaN.
+    v_WmKCH = jnp.where(seen_WmC[:, :, None, :, None], v_WmKCH, 0)
+    wide = jnp.float32 if platform == "cpu" else v_WmKCH.dtype
+    total_WmKGH = jnp.einsum(
+        "WmKGC,WmKCH->WmKGH", weights_WmKGC.astype(wide), v_WmKCH.astype(wide), preferred_element_type=jnp.float32
+    )
+    return Partial(jnp.sum(total_WmKGH, axis=1), top_WKG, jnp.sum(weights_WmKGC, axis=(1, 4)))
 
 
 def merge(state: Partial, part: Partial, group: Group) -> Partial:
