@@ -20,7 +20,7 @@ from engine.replica import build
 from engine.replica.replica import Replica
 from engine.replica.streams import Streams
 from engine.serve import process
-from engine.serve.access import Access
+from engine.serve.access import Access, check_address
 from engine.serve.server import Listen, Server
 
 BYTES = "_bytes"
@@ -47,25 +47,30 @@ def serve(settings: Settings, version: str, out: TextIO) -> int:
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json")
     listen = listen_of(settings)
     listen.check()
+    if settings.metrics_port is not None:  # scrapes bring no token, so a token guards nothing here
+        open_to_all = Access(insecure_allow_remote=settings.insecure_allow_remote)
+        check_address("admin_", settings.admin_host, settings.metrics_port, open_to_all)
     with progress(sys.stderr) as bar:
         replica = build.replica(settings, bar.show)
+    doors: dict[str, object] = {}
     if settings.metrics_port is not None:
-        replica.metrics.serve(settings.admin_host, settings.metrics_port)
+        port = replica.metrics.serve(settings.admin_host, settings.metrics_port)
+        doors["metrics"] = f"http://{settings.admin_host}:{port}/metrics"
     replica.start()
     try:
-        return asyncio.run(_serve(replica, listen, version, out))
+        return asyncio.run(_serve(replica, listen, version, doors, out))
     finally:
         replica.stop()
         logging.getLogger("serac").info("left")
 
 
-async def _serve(replica: Replica, listen: Listen, version: str, out: TextIO) -> int:
+async def _serve(replica: Replica, listen: Listen, version: str, doors: Mapping[str, object], out: TextIO) -> int:
     facts = {name: banner.readable(value) for name, value in replica.describe.items()}
     server = Server(replica, Streams(replica), listen, SystemClock(), version=version, facts=facts)
 
     def announce(public: str, admin: str) -> None:
         info = replica.info
-        addresses = {"grpc": public, "admin": admin}
+        addresses = {"grpc": public, "admin": admin, **doors}
         banner.show(f"serac {version} {info.name}", addresses | shown(replica.describe, out.isatty()), out)
 
     return await process.run(server, announce)
