@@ -7,6 +7,9 @@
 and only maxima cross the mesh. `draw_full` does everything, on gathered logits. Both make the same bits for a row
 that both can serve, and what a row draws depends on its own record, logits, history and position alone.
 Nothing is clamped. A row with a NaN or infinity among its logits gets token 0 and finite False.
+Cost for 16 points of 151,936 tokens, in milliseconds of one CPU core: greedy 3; temperature 14, 10 of them noise;
+log-probabilities 9 more, bias 2, penalties 4, top_k 13, top_p 50. That is with an allocator that keeps its memory;
+one that returns it after every step adds 5 to 50 in page faults (glibc: arena_max 1, mmap_max 0, no trimming).
 Source: order and formulas of vLLM's sampler; Gumbel-max for the draw.
 """
 
