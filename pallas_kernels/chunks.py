@@ -21,7 +21,7 @@ from jax import lax
 from pallas_kernels.rows import Rows, as_numbers
 
 QUERY_TILE = 64
-TILE = 256  # positions, unless a block is longer
+TILE = 128  # positions, unless a block is longer
 NOTHING = -1e30
 
 

@@ -5,23 +5,24 @@ import numpy as np
 
 from pallas_kernels.rows import Rows
 
-SINK = 0
 
+def scene(rng, *, spans, N, K, H, C, dtype="float32", padding=(0, 0), num_blocks=None, columns=None):
+    """A step that uses the second layer of a pool of two. Returns q_TNH, k_PKCH, v_PKCH, rows, base.
 
-def scene(rng, *, spans, N, K, H, C, dtype="float32", layer=1, layers=2, padding=(0, 0), spare=2):
-    """spans: (start, count) per row; padding: (tokens, rows) appended. Returns q_TNH, k_PKCH, v_PKCH, rows, base.
-
+    spans    (start, count) per row; padding: (tokens, rows) appended
+    num_blocks, columns: of a layer and of the table, just enough for the spans and some more unless given
     Blocks of a row are drawn without order from the layer's pool. Positions at or past a row's end, unused
     blocks, the sink and all other layers hold NaN.
     """
     ends = [start + count if count else 0 for start, count in spans]
     used = [-(-end // C) for end in ends]
-    num_blocks = 1 + sum(used) + spare
+    num_blocks = num_blocks or 3 + sum(used)
+    columns = columns or max([*used, 1]) + 1
     names = iter(1 + rng.permutation(num_blocks - 1))
-    table_BM = np.zeros((len(spans) + padding[1], max([*used, 1]) + 1), np.int32)
-    k_PKCH = np.full((layers * num_blocks, K, C, H), np.nan, np.float32)
+    table_BM = np.zeros((len(spans) + padding[1], columns), np.int32)
+    k_PKCH = np.full((2 * num_blocks, K, C, H), np.nan, np.float32)
     v_PKCH = np.full_like(k_PKCH, np.nan)
-    base = layer * num_blocks
+    base = num_blocks
     for b, end in enumerate(ends):
         for m in range(used[b]):
             table_BM[b, m] = next(names)

@@ -5,6 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Rows
@@ -106,14 +108,29 @@ def test_strangers_in_the_step_change_no_bit():
     np.testing.assert_array_equal(many, whole_SNH[100:140])
 
 
-@pytest.mark.parametrize("local_heads", [4, 2, 1])
-def test_heads_on_other_devices_change_no_bit(local_heads):
-    sequence = Sequence(np.random.default_rng(4))
+@pytest.mark.parametrize("H", [32, 128])
+def test_heads_on_other_devices_change_no_bit(H):
+    sequence = Sequence(np.random.default_rng(4), N=8, K=8, H=H)
+    arrays = sequence.lay([(20, 130)])[:4]
+    pools, heads = P(None, "tp"), P(None, "tp")
+
+    def sharded(tp):
+        mesh = Mesh(np.array(jax.devices()[:tp]), ("tp",))
+        local = functools.partial(step, base=0)
+        specs = (heads, pools, pools, Rows(P(), P(), P(), P()))
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False))
+
+    whole_TNH = np.asarray(sharded(1)(*arrays))
+    for tp in (2, 4, 8):
+        np.testing.assert_array_equal(np.asarray(sharded(tp)(*arrays)), whole_TNH)
+
+
+def test_a_kv_head_repeated_on_several_devices_changes_no_bit():
+    sequence = Sequence(np.random.default_rng(4), N=8, K=2)
     whole_SNH = sequence.run(0, LENGTH)
-    for first in range(0, 8, local_heads):
-        heads, kv_heads = slice(first, first + local_heads), slice(first // 4, first // 4 + 1)
-        part = sequence.run(0, LENGTH, heads=heads, kv_heads=kv_heads)
-        np.testing.assert_array_equal(part, whole_SNH[:, heads])
+    for head in (0, 3, 6):
+        part_SNH = sequence.run(0, LENGTH, heads=slice(head, head + 1), kv_heads=slice(head // 4, head // 4 + 1))
+        np.testing.assert_array_equal(part_SNH[:, 0], whole_SNH[:, head])
 
 
 @pytest.mark.parametrize("C, num_blocks", [(32, 33), (64, 20), (128, 5)])

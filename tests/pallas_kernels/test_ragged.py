@@ -32,8 +32,12 @@ def error(drawn, *, window=None, one_token=False, attention=fast):
     return scenes.relative_error(o_TNH, ref_TNH)
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize("window", [None, 1, 20])
+CASES = pytest.mark.parametrize(
+    "dtype, window", [("float32", None), ("float32", 1), ("float32", 20), ("bfloat16", None), ("float16", 20)]
+)
+
+
+@CASES
 def test_one_token_rows_of_any_length_agree_with_float64(dtype, window):
     rng = np.random.default_rng(1)
     lengths = [0, 1, 15, 16, 17, 63, 64, 65, 0, 130, 200]
@@ -41,8 +45,7 @@ def test_one_token_rows_of_any_length_agree_with_float64(dtype, window):
     assert error(drawn, window=window, one_token=True) <= LIMIT[dtype]
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize("window", [None, 1, 20])
+@CASES
 def test_chunks_with_a_prefix_beside_single_tokens_agree_with_float64(dtype, window):
     rng = np.random.default_rng(2)
     spans = [(0, 70), (40, 1), (100, 30), (0, 1), (15, 2), (128, 17)]
@@ -57,8 +60,7 @@ def test_chunks_with_a_prefix_beside_single_tokens_agree_with_float64(dtype, win
 def test_every_head_width_and_grouping_agrees_with_float64(N, K, H, C):
     rng = np.random.default_rng(3)
     shape = {"N": N, "K": K, "H": H, "C": C}
-    assert error(scenes.one_token_scene(rng, lengths=[150, 3], **shape), one_token=True) <= 1e-5
-    assert error(scenes.scene(rng, spans=[(140, 5), (9, 1), (0, 12)], **shape)) <= 1e-5
+    assert error(scenes.scene(rng, spans=[(140, 5), (149, 1), (2, 1), (0, 12)], **shape)) <= 1e-5
 
 
 def test_rows_may_share_blocks():
@@ -71,38 +73,35 @@ def test_rows_may_share_blocks():
 
 def test_a_step_of_padding_alone_gives_zeros():
     rng = np.random.default_rng(5)
-    drawn = scenes.scene(rng, spans=[(0, 0)], N=4, K=2, H=32, C=16, padding=(4, 3))
-    assert error(drawn) == 0
-    assert error(drawn, one_token=True) == 0
+    assert error(scenes.scene(rng, spans=[(0, 0)], N=4, K=2, H=32, C=16, padding=(4, 3))) == 0
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_random_steps_agree_with_float64(data):
+    """Two shapes, padded to one size each, so that there are two compilations."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
-    K, G = data.draw(st.sampled_from([(1, 1), (2, 3), (1, 6), (4, 2)]), label="K, G")
-    C = data.draw(st.sampled_from([16, 32, 48, 64]), label="C")
-    spans = data.draw(
-        st.lists(st.tuples(st.integers(0, 150), st.sampled_from([0, 1, 1, 2, 7, 40, 90])), min_size=1, max_size=5)
+    K, G, C, window = data.draw(st.sampled_from([(2, 3, 48, None), (1, 2, 16, 17)]), label="K, G, C, window")
+    counts = st.sampled_from([0, 1, 1, 2, 7, 40, 90])
+    spans = data.draw(st.lists(st.tuples(st.integers(0, 150), counts), min_size=1, max_size=4), label="spans")
+    padding = (360 - sum(count for _, count in spans), 4 - len(spans))
+    q_TNH, k_PKCH, v_PKCH, rows, base = scenes.scene(
+        rng, spans=spans, N=K * G, K=K, H=32, C=C, padding=padding, num_blocks=80, columns=16
     )
-    window = data.draw(st.sampled_from([None, 1, 17, 64, 1000]), label="window")
-    drawn = scenes.scene(rng, spans=spans, N=K * G, K=K, H=32, C=C, padding=(3, 1))
-    assert error(drawn, window=window) <= 1e-5
+    assert error((q_TNH, k_PKCH, v_PKCH, rows, base), window=window) <= 1e-5
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_the_reference_agrees_with_float64(window):
+def test_the_reference_agrees_with_float64():
     def slow(q_TNH, k_PKCH, v_PKCH, rows, base, *, scale, window, one_token):
         arrays = jax.tree.map(jnp.asarray, (q_TNH, k_PKCH, v_PKCH, rows))
         return reference.attention(*arrays, base=base, scale=scale, window=window)
 
     rng = np.random.default_rng(6)
     drawn = scenes.scene(rng, spans=[(0, 20), (31, 1), (30, 9)], N=4, K=2, H=32, C=16, padding=(3, 1))
-    assert error(drawn, window=window, attention=slow) <= 1e-5
+    assert error(drawn, window=9, attention=slow) <= 1e-5
 
 
-@pytest.mark.parametrize("one_token", [True, False])
-@pytest.mark.parametrize("kind", ["float32", "uint16"])
+@pytest.mark.parametrize("one_token, kind", [(True, "float32"), (False, "uint16")])
 def test_the_pool_is_never_copied(one_token, kind):
     P, K, C, H, T, B = 4096, 2, 16, 32, 8, 8
     pool = jax.ShapeDtypeStruct((P, K, C, H), kind)
