@@ -16,6 +16,7 @@ WORD = 4  # bytes of an int32 or a float32
 PLAIN_WORDS = 4  # of a row, reduced by a plain draw: is it finite, the largest logit, the best draw, its token
 PLAIN_CALLS = 3  # XLA joins the two minima in one
 QUERY_TILE, TILE = 64, 256  # tokens and positions that meet at a time in pallas_kernels/chunks.py
+GROUP = 16  # tiles that pallas_kernels/decode.py takes at a time
 
 
 class Decoder(NamedTuple):
@@ -99,24 +100,29 @@ def step_collectives(decoder: Decoder, lane: Lane, tokens: int, rows: int, full:
     return tuple(each for each in kinds if each.calls)
 
 
-def peak_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int) -> int:
+def peak_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int, max_length: int) -> int:
     """Bytes that the largest program keeps live beside its arguments and results, about.
 
     Counted in XLA's buffers on CPU: float32, `fast`, a mixed step of all `tokens` with every option of sampling.
-    Layers run one after the other, then the sampler, so the peak is that of the greater. Not counted: steps of
-    fewer than 64 tokens (smaller), the `invariant` mode, other compilers, which fuse otherwise.
+    Layers run one after the other, then the sampler, so the peak is that of the greater. Within 15% for 64 tokens
+    and more; the `invariant` mode and other compilers, which fuse otherwise, are not counted.
     """
-    return max(_layer_temporaries(decoder, lane, tokens), _sampler_temporaries(decoder, rows))
+    return max(_layer_temporaries(decoder, lane, tokens, rows, max_length), _sampler_temporaries(decoder, rows))
 
 
-def _layer_temporaries(decoder: Decoder, lane: Lane, tokens: int) -> int:
-    """Attention: residual and output, queries in three stages, keys, scores; or gate, up and their product."""
+def _layer_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int, max_length: int) -> int:
+    """The greater of attention (hidden states, queries in three stages, tiles of scores) and feed-forward.
+
+    Attention's loops start from zeros, which XLA makes for every layer at once: they grow with the layers. The
+    quarters were fitted to eleven compiled programs of two models; the terms are what those programs hold.
+    """
     queries = decoder.heads * decoder.head_width // lane.tp
     keys = decoder.kv_heads * decoder.head_width // lane.kv_ways
-    scores = 4 * decoder.heads // lane.tp * QUERY_TILE * TILE
-    attend = tokens * (2 * decoder.width + 3 * keys) + 3 * (tokens + QUERY_TILE) * queries + scores
-    feed = tokens * (2 * decoder.width + 3 * decoder.ffn // lane.tp)
-    return max(attend, feed) * WORD
+    scores = decoder.heads // lane.tp * min(QUERY_TILE, tokens) * min(TILE, max_length)
+    zeros = decoder.num_layers * (tokens + QUERY_TILE + rows + GROUP) * queries
+    attend = (tokens * (9 * decoder.width + 12 * queries + keys) + 9 * scores) // 4
+    feed = tokens * (decoder.width + 3 * decoder.ffn // lane.tp)
+    return (zeros + max(attend, feed)) * WORD
 
 
 def _sampler_temporaries(decoder: Decoder, rows: int) -> int:
