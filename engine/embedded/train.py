@@ -22,7 +22,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from engine.embedded.corpus import collect, standard_library
-from engine.embedded.files import train_tokenizer, write_description, write_weights
+from engine.embedded.files import read_weights, train_tokenizer, write_description, write_weights
 from engine.embedded.network import Shape, Weights, initial_weights, mean_loss, project_bfloat16
 from engine.embedded.windows import batches, cut, encode
 
@@ -31,6 +31,7 @@ TOKENS_PER_STEP = 4096
 WINDOW_PHASES = ((0.55, 256), (0.8, 512), (1.0, 1024))
 WARMUP_STEPS = 40
 PROGRESS_STEPS = 25
+ONWARD_RATE = 0.6
 SAVE_EVERY_S = 300.0
 HELD_OUT_WINDOW = 512
 
@@ -101,19 +102,25 @@ def prepare(out: Path, seed: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]
     return stream, held_out
 
 
-def train(out: Path, minutes: float, seed: int, shape: Shape, clock: Callable[[], float]) -> Weights:
-    """Trains until `minutes` have passed on `clock` (seconds), and leaves the model's folder at `out`."""
+def train(
+    out: Path, minutes: float, seed: int, shape: Shape, clock: Callable[[], float], onward_from: Path | None = None
+) -> Weights:
+    """Trains until `minutes` have passed on `clock` (seconds), and leaves the model's folder at `out`.
+
+    onward_from  a folder whose weights to go on from, at `ONWARD_RATE` of the highest rate; None starts anew
+    """
     stream, held_out = prepare(out, seed, shape)
     measure = make_held_out(shape, held_out)
-    weights, rule = initial_weights(shape, seed), optimizer()
+    weights = initial_weights(shape, seed) if onward_from is None else read_weights(onward_from)
+    highest, rule = 1.0 if onward_from is None else ONWARD_RATE, optimizer()
     state, run_step = rule.init(weights), make_step(shape, rule)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed + (onward_from is not None))  # other windows come first than before
     sources = {length: batches(stream, length, TOKENS_PER_STEP // length, rng) for _, length in WINDOW_PHASES}
     started_at = saved_at = clock()
     step, losses = 0, []
     while (elapsed_share := (clock() - started_at) / (60.0 * minutes)) < 1.0:
         windows_BS = next(sources[window_at(elapsed_share)])
-        rate = rate_at(step, elapsed_share)
+        rate = highest * rate_at(step, elapsed_share)
         weights, state, loss = run_step(weights, state, windows_BS, jnp.float32(rate))
         losses.append(float(loss))
         step += 1
@@ -136,8 +143,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time, compilation included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--onward-from", type=Path, help="a folder whose weights to go on from")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.minutes, arguments.seed, Shape(), time.monotonic)
+    train(arguments.out, arguments.minutes, arguments.seed, Shape(), time.monotonic, arguments.onward_from)
 
 
 if __name__ == "__main__":
