@@ -20,11 +20,11 @@ from bench.bandwidth import Reader
 from bench.record import machine, parser, record, show
 from engine.core.plan import COUNT, DRAW, ROW, START
 from engine.models.config import ModelConfig, from_hf
-from engine.models.random import random_weights
 from engine.planning import weights_bytes
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
+from engine.weights.drawn import random_weights
 from engine.weights.source import resolve
 from sharding.mesh import MeshSpec, lane_meshes
 

@@ -27,10 +27,10 @@ from engine.core.events import Emission
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.models.config import ModelConfig, from_hf
-from engine.models.random import random_weights
 from engine.planning import DEVICES, Device, Plan, Step, decide, estimate
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
+from engine.weights.drawn import random_weights
 from engine.weights.load import load
 from engine.weights.source import resolve
 from pallas_kernels.dispatch import platform_of

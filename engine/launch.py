@@ -49,7 +49,7 @@ def serve(settings: Settings, version: str, out: TextIO) -> int:
     listen.check()
     if settings.metrics_port is not None:  # scrapes bring no token, so a token guards nothing here
         open_to_all = Access(insecure_allow_remote=settings.insecure_allow_remote)
-        check_address("admin_", settings.admin_host, settings.metrics_port, open_to_all)
+        check_address(("admin_host", "metrics_port"), settings.admin_host, settings.metrics_port, open_to_all)
     with progress(sys.stderr) as bar:
         replica = build.replica(settings, bar.show)
     doors: dict[str, object] = {}

@@ -40,12 +40,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_address(field: str, host: str, port: int, access: Access) -> None:
-    """Raises ConfigError, before anything is loaded, for an address that is unsafe, unknown or taken."""
+def check_address(names: tuple[str, str], host: str, port: int, access: Access) -> None:
+    """Raises ConfigError, before anything is loaded, for an address that is unsafe, unknown or taken.
+
+    names  of the settings that hold the host and the port
+    """
     guarded = access.token_file or access.tls_cert or access.insecure_allow_remote
     if not is_loopback(host) and not guarded:
         expected = "a loopback address, or --tls-cert with --tls-key, or --token-file, or --insecure-allow-remote"
-        raise ConfigError(wrong(f"{field}host", host, expected), field=f"{field}host")
+        raise ConfigError(wrong(names[0], host, expected), field=names[0])
     if port == 0:
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -54,12 +57,10 @@ def check_address(field: str, host: str, port: int, access: Access) -> None:
         try:
             probe.bind((host, port))
         except socket.gaierror:
-            raise ConfigError(
-                wrong(f"{field}host", host, "a known host or address"), field=f"{field}host"
-            ) from None
+            raise ConfigError(wrong(names[0], host, "a known host or address"), field=names[0]) from None
         except OSError as error:
             expected = f"a free port on {host} ({error.strerror}); see who holds it: ss -ltnp 'sport = :{port}'"
-            raise ConfigError(wrong(f"{field}port", port, expected), field=f"{field}port") from None
+            raise ConfigError(wrong(names[1], port, expected), field=names[1]) from None
 
 
 def credentials(access: Access) -> grpc.ServerCredentials | None:

@@ -49,8 +49,8 @@ class Listen:
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be listened on; callable before a model is loaded."""
-        check_address("", self.host, self.port, self.access)
-        check_address("admin_", self.admin_host, self.admin_port, self.access)
+        check_address(("host", "port"), self.host, self.port, self.access)
+        check_address(("admin_host", "admin_port"), self.admin_host, self.admin_port, self.access)
         if self.port == self.admin_port != 0 and self.host == self.admin_host:
             raise ConfigError(
                 f"admin_port: got {self.admin_port}; expected another port than port", field="admin_port"

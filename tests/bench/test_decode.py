@@ -8,7 +8,7 @@ import pytest
 from bench import decode
 from bench.bandwidth import Reader
 from bench.decode import make, measure, shape_of
-from engine.models.random import random_weights
+from engine.weights.drawn import random_weights
 from sharding.mesh import MeshSpec, lane_meshes
 
 

@@ -12,13 +12,13 @@ from bench.programs import by_kind, collectives, compiled
 from engine.config import Settings
 from engine.errors import ConfigError
 from engine.models.config import from_hf
-from engine.models.random import random_weights
 from engine.plan_report import run
 from engine.planning import DEVICES, Choice, Device, decide, device_named, estimate
 from engine.replica.build import choose
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
+from engine.weights.drawn import random_weights
 from engine.weights.source import resolve
 from sharding.mesh import MeshSpec, lane_meshes
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from engine.models.config import from_hf
 from engine.models.decoder import forward_local, logits_local
-from engine.models.random import draw
+from engine.weights.drawn import draw
 from engine.weights.layout import parameters, read_part
 from pallas_kernels.dispatch import Rows
 from sharding.mesh import MeshSpec, lane_meshes

@@ -3,7 +3,7 @@
     python tests/engine/models/record_golden.py        (torch and transformers installed; about three minutes)
 
 The tests do not run this; they read what it wrote. Weights are not stored: both sides draw them with numpy from the
-name of each tensor (`draw` here repeats `engine.models.random.draw`), and `crc` proves that they drew the same.
+name of each tensor (`draw` here repeats `engine.weights.drawn.draw`), and `crc` proves that they drew the same.
 
     prompts    int16 [64, 61]  a prompt a row, -1 behind its end; prompt 2i + 1 is prompt 2i with one token changed,
                                the middle one, or the farthest one that a sliding window shows
@@ -35,7 +35,7 @@ MARGIN = 1e-4
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a model's folder; as `engine.models.random.draw` makes it."""
+    """One tensor of a model's folder; as `engine.weights.drawn.draw` makes it."""
     rng = np.random.Generator(np.random.PCG64([SEED, zlib.crc32(name.encode())]))
     values = rng.standard_normal(math.prod(shape), dtype=np.float32)
     if len(shape) > 1:

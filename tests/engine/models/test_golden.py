@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from engine.models.random import draw
+from engine.weights.drawn import draw
 from engine.weights.layout import parameters
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

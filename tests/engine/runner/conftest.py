@@ -11,12 +11,12 @@ from engine.core.events import Emission, Ended, Scored
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.models.config import ModelConfig, Rope
-from engine.models.random import random_weights
 from engine.observe.metrics import Metrics
 from engine.replica.lane import Lane
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
+from engine.weights.drawn import random_weights
 from sharding.mesh import MeshSpec, lane_meshes
 
 CONFIG = ModelConfig(

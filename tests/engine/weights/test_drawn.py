@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from engine.models.config import from_hf
-from engine.models.random import PERIOD, draw, random_weights
+from engine.weights.drawn import PERIOD, draw, random_weights
 from sharding.mesh import MeshSpec, lane_meshes
 
 CONFIG = from_hf(
