@@ -34,7 +34,7 @@ def refused(capsys, *arguments: str) -> str:
         (["serve", "--mesh"], "--mesh: expected one argument"),
         (["serve", "one", "two"], "two: unknown argument"),
         (["serve", "--block-size", "17"], "--block-size: got '17'; expected one of 16, 32, 64, 128 positions"),
-        (["serve", "--config", "/none.toml"], "--config: got '/none.toml'; expected a readable file"),
+        (["serve", "--config", "/none.toml"], "--config: got /none.toml; expected a readable file"),
         (["generate"], "the following arguments are required: PROMPT"),
         (["generate", "x", "--temprature", "1"], "--temprature: unknown option; did you mean --temperature?"),
         (["generate", "x", "--max-tokens", "many"], "--max-tokens: got 'many'; expected an integer"),
