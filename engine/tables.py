@@ -48,7 +48,7 @@ def readable(value: object) -> str:
 
 
 def _numeric(value: object) -> bool:
-    return value is None or isinstance(value, (int, float))
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

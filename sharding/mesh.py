@@ -56,7 +56,8 @@ def parse_mesh(text: str) -> MeshSpec:
 def lane_axes(tp: int, heads: int, kv_heads: int) -> tuple[int, int]:
     """(kv, rep) of a lane: kv = min(K, tp) and kv * rep = tp.
 
-    Raises ShardingError when tp does not divide the query heads, or neither of tp and the kv heads divides the other.
+    Raises ShardingError when tp does not divide the query heads, or neither of tp and the kv heads divides the
+    other.
     """
     reason = _why_not(tp, heads, kv_heads)
     if reason is not None:

@@ -18,7 +18,7 @@ def test_every_row_decodes_in_every_step_that_is_measured():
 
 
 def test_a_measurement_says_where_all_of_the_time_goes():
-    row = measure(3, steps=12, block_size=16, max_length=256, prompt=4)
+    row = measure(3, steps=40, block_size=16, max_length=256, prompt=4)
     assert row["rows"] == 3 and row["quiet us"] <= row["step us"] <= row["p90 us"]
     assert set(row["parts"]) == {*PARTS, "rest of schedule", "rest of settle", "pack", "read result"}
     assert 0 < sum(row["parts"].values()) < 20 * row["step us"]

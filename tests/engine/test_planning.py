@@ -14,7 +14,6 @@ from engine.errors import ConfigError
 from engine.models.config import from_hf
 from engine.plan_report import run
 from engine.planning import DEVICES, Choice, Device, decide, device_named, estimate
-from engine.replica.build import choose
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
@@ -106,14 +105,6 @@ def test_planned_temporaries_are_within_15_percent_of_the_compilers(model, layer
     plan = estimate(config, MeshSpec(), CPU, decide(settings, config, MeshSpec(), CPU))
     program = compiled(config, MeshSpec(), plan.choice, max(step.bucket for step in plan.steps if step.bucket.full))
     assert plan.temporary_bytes == pytest.approx(program.memory_analysis().temp_size_in_bytes, rel=0.15)
-
-
-def test_the_server_takes_the_planned_sizes():
-    config = from_hf(resolve("embedded").config())
-    for options in ({}, {"kv_memory": 5_000_000}, {"block_size": 64, "max_model_len": 300, "dtype": "bfloat16"}):
-        settings = Settings(mesh="tp=4", device="cpu", **options)
-        served, planned = choose(settings, config), decide(settings, config, MeshSpec(tp=4), CPU)
-        assert (served.sizes, served.dtype, served.max_tokens) == (planned.sizes, planned.dtype, planned.max_tokens)
 
 
 def test_a_pool_that_holds_no_sequence_is_refused_by_the_setting_to_change():
