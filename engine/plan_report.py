@@ -16,6 +16,7 @@ from engine.models.config import ModelConfig, from_hf
 from engine.planning import Plan, Step, decide, device_named, estimate
 from engine.tables import show_table
 from engine.weights.source import ModelFolder, resolve
+from engine.weights.tensors import choose_dtype
 from sharding.mesh import MeshSpec, parse_mesh
 
 OPTIONS = (  # of config.Settings, that a plan depends on
@@ -44,7 +45,8 @@ def run(settings: Settings, device: str, memory_bytes: int | None, as_json: bool
         there = there._replace(memory_bytes=memory_bytes)
     try:
         spec = parse_mesh(settings.mesh) if settings.mesh != "auto" else MeshSpec()
-        plan = estimate(config, spec, there, decide(settings, config, spec, there))
+        stated = choose_dtype("auto", folder.config())
+        plan = estimate(config, spec, there, decide(settings, config, spec, there, stated))
     except ValueError as error:
         raise ConfigError(str(error), field="mesh") from error
     if as_json:

@@ -37,6 +37,7 @@ from sharding.estimate import (
 from sharding.mesh import MeshSpec, lane_axes
 
 WORD, MIB = 4, 1 << 20
+BFLOAT16 = np.dtype(jnp.bfloat16)
 CPU_BLOCK, GPU_BLOCK = 16, 64  # positions
 CPU_CONTEXT, GPU_CONTEXT = 2048, 8192  # unless the model's is shorter or a longer one is asked for
 CPU_ROWS, GPU_ROWS = 8, 256
@@ -150,9 +151,13 @@ def state_bytes(sizes: Sizes) -> int:
     return sizes.max_rows * (sizes.max_length + sizes.table_width + WIDTH) * WORD
 
 
-def decide(settings: Settings, config: ModelConfig, spec: MeshSpec, device: Device) -> Choice:
+def decide(
+    settings: Settings, config: ModelConfig, spec: MeshSpec, device: Device, stated: np.dtype = BFLOAT16
+) -> Choice:
     """What the settings leave open.
 
+    stated  the dtype that the model's config.json names (`engine.weights.tensors.choose_dtype`); on CPU, where
+            bfloat16 may be slow, auto is float32
     Raises ConfigError, naming the setting, and ShardingError for heads that do not split.
     """
     kv_ways, _ = lane_axes(spec.tp, config.heads, config.kv_heads)
@@ -160,8 +165,8 @@ def decide(settings: Settings, config: ModelConfig, spec: MeshSpec, device: Devi
         expected = "tp of 1, 2, 4 or 8 with --numerics invariant"
         raise ConfigError(wrong("mesh", f"tp={spec.tp}", expected), field="mesh")
     on_cpu = device.platform == "cpu"
-    dtype = settings.dtype if settings.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-    dtype = np.dtype(jnp.dtype(dtype))
+    automatic = np.dtype(np.float32) if on_cpu else stated
+    dtype = automatic if settings.dtype == "auto" else np.dtype(jnp.dtype(settings.dtype))
     context = settings.max_model_len or min(config.context, CPU_CONTEXT if on_cpu else GPU_CONTEXT)
     if context > config.context:
         raise ConfigError(

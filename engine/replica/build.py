@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from prometheus_client import CollectorRegistry
 
@@ -30,7 +31,7 @@ from engine.runner.runner import Model, Runner
 from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
-from engine.weights.tensors import check_vocabulary
+from engine.weights.tensors import check_vocabulary, choose_dtype
 from pallas_kernels.dispatch import platform_of
 from sharding.mesh import MeshSpec, lane_meshes, parse_mesh, valid_sizes
 
@@ -45,7 +46,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     config = from_hf(folder.config())
     text = Text(folder.path)
     check_vocabulary(text.vocab, config)
-    spec, meshes, choice = choose(settings, config)
+    spec, meshes, choice = choose(settings, config, choose_dtype("auto", folder.config()))
     use_compile_cache(settings.compile_cache)
     name = settings.served_model_name or folder.name
     eos_ids, sizes = tuple(text.eos_ids), choice.sizes
@@ -98,7 +99,7 @@ def _runner(
     return runner
 
 
-def choose(settings: Settings, config: ModelConfig) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:
+def choose(settings: Settings, config: ModelConfig, stated: np.dtype) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:
     """Everything the settings leave open, before anything is loaded. Raises ConfigError."""
     devices = _devices(settings.device)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
@@ -106,7 +107,7 @@ def choose(settings: Settings, config: ModelConfig) -> tuple[MeshSpec, tuple[Mes
     try:
         spec = _spec(settings.mesh, config, len(devices))
         meshes = lane_meshes(spec, config.heads, config.kv_heads, devices)
-        return spec, meshes, decide(settings, config, spec, device)
+        return spec, meshes, decide(settings, config, spec, device, stated)
     except ValueError as error:
         raise ConfigError(str(error), field="mesh") from error
 
