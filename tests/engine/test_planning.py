@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench.programs import by_kind, collectives, compiled
+from engine.cli import main
 from engine.config import Settings
 from engine.errors import ConfigError
 from engine.models.config import from_hf
@@ -135,6 +136,14 @@ def test_the_report_says_the_same_to_a_person_and_to_a_program():
     assert facts["devices"] == 8 and facts["fits"] and len(facts["steps"]) <= 24
     assert f"{facts['weights_bytes']:,}" in text.getvalue() and "2 lanes of 4 devices" in text.getvalue()
     assert facts["steps"][0]["collectives"]["all-reduce"]["calls"] == 2 * 6 + 1 + 3
+
+
+def test_the_command_plans_for_a_device_that_is_not_here(capsys):
+    assert main(["plan", "embedded", "--mesh", "tp=8", "--device", "h200", "--memory-bytes", "1GB", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["memory_bytes"] == 10**9 and facts["platform"] == "cuda" and facts["devices"] == 8
+    assert main(["plan", "embedded", "--device", "h10"]) == 2
+    assert "did you mean h100?" in capsys.readouterr().err
 
 
 def test_a_plan_that_does_not_fit_says_so_and_fails():
