@@ -1,5 +1,6 @@
 """The command line: what it refuses, what it costs before it works, and what it hands on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -125,3 +126,10 @@ def test_version_names_what_matters(capsys):
 def test_the_command_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["serac"] == "engine.cli:main"
+
+
+def test_plan_takes_the_name_of_a_device_that_is_not_here(capsys):
+    assert cli.main(["plan", "embedded", "--mesh", "tp=4", "--device", "h200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", "embedded", "--device", "h20x"]) == 2
+    assert "did you mean h20" in capsys.readouterr().err

@@ -43,15 +43,6 @@ def test_more_query_heads_than_a_dot_needs_and_long_blocks_agree_with_float64():
     assert error(drawn, None) <= 1e-5
 
 
-def test_entries_past_a_rows_end_are_never_followed():
-    q_BNH, k_PKCH, v_PKCH, rows, base = scenes.one_token_scene(
-        np.random.default_rng(2), lengths=[40, 7], N=4, K=2, H=32, C=16
-    )
-    table_BM = np.where(np.arange(rows.table_BM.shape[1]) * 16 < np.array([[40], [7]]), rows.table_BM, 10**6)
-    drawn = (q_BNH, k_PKCH, v_PKCH, rows._replace(table_BM=table_BM.astype(np.int32)), base)
-    assert error(drawn, None) <= 1e-5
-
-
 def test_shapes_without_a_kernel_are_refused():
     drawn = scenes.one_token_scene(np.random.default_rng(3), lengths=[5], N=1, K=1, H=80, C=16)
     with pytest.raises(ValueError, match="got 80 and 16"):
