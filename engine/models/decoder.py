@@ -67,7 +67,7 @@ def forward_local(
 
     slots_T     block of each token as layer 0 counts; negative: the token's keys and values are dropped
     num_blocks  blocks of one layer: layer l of block b is entry l * num_blocks + b of the pools
-    platform    that of the mesh's devices
+    platform    `pallas_kernels.dispatch.platform_of` the mesh's devices
     Raises ValueError, before tracing, where `numerics` cannot hold on this mesh.
     """
     how = Method(numerics, platform)
