@@ -89,7 +89,8 @@ def attend(
         # A short last tile runs over the next row's places, whose own tiles come later and win.
         return index + 1, lax.dynamic_update_slice_in_dim(o_TNH, o_tNH, token, 0)
 
-    first = (jnp.int32(0), jnp.zeros((T + t, N, H)))
+    # It starts as the queries: zeros, which depend on nothing, XLA makes for every layer before the first one runs.
+    first = (jnp.int32(0), q_TNH.astype(jnp.float32))
     return lax.while_loop(lambda carry: carry[0] < end_B[-1], query_tile, first)[1][:T]
 
 
