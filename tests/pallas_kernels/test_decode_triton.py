@@ -38,6 +38,12 @@ def test_the_interpreted_kernel_agrees_with_float64(dtype, window):
     assert error(drawn, window) <= LIMIT[dtype]
 
 
+def test_one_split_of_many_tiles_agrees_with_float64(monkeypatch):
+    monkeypatch.setattr(decode_triton, "PROGRAMS", 1)
+    drawn = scenes.one_token_scene(np.random.default_rng(1), lengths=[200, 0, 333], N=4, K=2, H=32, C=16)
+    assert error(drawn, None) <= 1e-5
+
+
 def test_more_query_heads_than_a_dot_needs_and_long_blocks_agree_with_float64():
     drawn = scenes.one_token_scene(np.random.default_rng(1), lengths=[129, 128, 3], N=20, K=1, H=32, C=128)
     assert error(drawn, None) <= 1e-5
