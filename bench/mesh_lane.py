@@ -179,6 +179,7 @@ def row(plan: Plan, runner: Runner, runs: list[Timed], prompt_tokens: int) -> di
     actual = {bucket: by_kind(collectives(programs[bucket].text())) for bucket in steps}
     return {
         "mesh": str(plan.spec),
+        "device": jax.devices()[0].device_kind,
         "axes": f"kv={plan.kv_ways},rep={plan.kv_copies}",
         "prefill tokens/s": median(prompt_tokens / run.prefill_s for run in runs),
         "decode tokens/s": median(run.decode_tokens / run.decode_s for run in runs),

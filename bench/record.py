@@ -105,6 +105,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> dict[str, object]:
     """The commit of the code and whether files differ from it; empty outside a checkout."""
+    if not (ROOT / ".git").exists():  # installed; a repository around it would be another's
+        return {}
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

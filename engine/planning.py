@@ -210,7 +210,7 @@ def estimate(config: ModelConfig, spec: MeshSpec, device: Device, choice: Choice
         block_bytes=one_block,
         kv_bytes=sizes.num_blocks * one_block,
         state_bytes=state_bytes(sizes),
-        temporary_bytes=peak_temporaries(decoder, lane, choice.max_tokens, sizes.max_rows, sizes.max_length),
+        temporary_bytes=peak_temporaries(decoder, lane, choice.max_tokens, sizes.max_rows),
         steps=tuple(_step(decoder, lane, choice, device, bucket) for bucket in programs),
         loads=len(load_lengths(sizes.max_length)),
     )

@@ -15,8 +15,9 @@ from typing import NamedTuple
 WORD = 4  # bytes of an int32 or a float32
 PLAIN_WORDS = 4  # of a row, reduced by a plain draw: is it finite, the largest logit, the best draw, its token
 PLAIN_CALLS = 3  # XLA joins the two minima in one
-QUERY_TILE, TILE = 64, 256  # tokens and positions that meet at a time in pallas_kernels/chunks.py
-GROUP = 16  # tiles that pallas_kernels/decode.py takes at a time
+QUERY_TILE = 64  # tokens that pallas_kernels/chunks.py takes at a time
+GROUP = 16  # tiles of positions that pallas_kernels/decode.py takes at a time
+MOST_BIASES = 1024  # of a row of the sampler
 
 
 class Decoder(NamedTuple):
@@ -100,32 +101,23 @@ def step_collectives(decoder: Decoder, lane: Lane, tokens: int, rows: int, full:
     return tuple(each for each in kinds if each.calls)
 
 
-def peak_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int, max_length: int) -> int:
+def peak_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int) -> int:
     """Bytes that the largest program keeps live beside its arguments and results, about.
 
     Counted in XLA's buffers on CPU: float32, `fast`, a mixed step of all `tokens` with every option of sampling.
-    Layers run one after the other, then the sampler, so the peak is that of the greater. Within 15% for 64 tokens
-    and more; the `invariant` mode and other compilers, which fuse otherwise, are not counted.
+    Attention, feed-forward and sampler run one after the other, so the peak is that of the greatest. Within 15% for
+    128 tokens and more; the `invariant` mode and other compilers, which fuse otherwise, are not counted.
     """
-    return max(_layer_temporaries(decoder, lane, tokens, rows, max_length), _sampler_temporaries(decoder, rows))
-
-
-def _layer_temporaries(decoder: Decoder, lane: Lane, tokens: int, rows: int, max_length: int) -> int:
-    """The greater of attention (hidden states, queries in three stages, tiles of scores) and feed-forward.
-
-    Attention's loops start from zeros, which XLA makes for every layer at once: they grow with the layers. The
-    quarters were fitted to eleven compiled programs of two models; the terms are what those programs hold.
-    """
+    width, ffn = decoder.width, decoder.ffn // lane.tp
     queries = decoder.heads * decoder.head_width // lane.tp
     keys = decoder.kv_heads * decoder.head_width // lane.kv_ways
-    scores = decoder.heads // lane.tp * min(QUERY_TILE, tokens) * min(TILE, max_length)
-    zeros = decoder.num_layers * (tokens + QUERY_TILE + rows + GROUP) * queries
-    attend = (tokens * (9 * decoder.width + 12 * queries + keys) + 9 * scores) // 4
-    feed = tokens * (decoder.width + 3 * decoder.ffn // lane.tp)
-    return (zeros + max(attend, feed)) * WORD
+    starts = decoder.num_layers * (rows + GROUP) * queries  # XLA makes them for every layer at once
+    attend = (tokens + QUERY_TILE) * queries + tokens * (3 * width + queries + 2 * keys)
+    feed = tokens * (3 * (width + 2 * ffn)) // 2  # gate, up, their product, the residual and half of its norm
+    return max((starts + max(attend, feed)) * WORD, rows * _sampler_bytes(decoder.vocab))
 
 
-def _sampler_temporaries(decoder: Decoder, rows: int) -> int:
-    """Logits gathered, edited and compared; half of the arrays are as long as halving sums need: a power of two."""
-    halved = 1 << (decoder.vocab - 1).bit_length()
-    return rows * (decoder.vocab + halved) * (3 * WORD + 1)
+def _sampler_bytes(vocab: int) -> int:
+    """Of one row: logits gathered, edited and compared, some as long as halving sums want; places of biases."""
+    halved = 1 << (vocab - 1).bit_length()
+    return vocab * (3 * WORD + 2) + halved * (3 * WORD + 1) + MOST_BIASES * (4 * WORD + 1)

@@ -64,7 +64,7 @@ def test_a_ring_sends_a_sum_twice_and_a_gather_once():
 
 
 def temporaries(tp, tokens, rows):
-    return peak_temporaries(DECODER, lane(tp), tokens, rows, max_length=512)
+    return peak_temporaries(DECODER, lane(tp), tokens, rows)
 
 
 def test_temporaries_are_those_of_the_layers_or_of_the_sampler():
