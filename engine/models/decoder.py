@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from engine.models.config import ModelConfig
+from engine.models.norm import rms_norm
 from engine.models.project import Method, column_parallel, mesh_size, row_parallel, shard_index
 from engine.models.rope import angles, turn
 from pallas_kernels.dispatch import Numerics, Rows, attention, write_kv
-from pallas_kernels.numerics import tree_sum
 from sharding.rules import TP
 
 Weights = Mapping[str, jax.Array]
@@ -81,7 +81,7 @@ def forward_local(
             y_TD, k_PKCH, v_PKCH = _attend(step, layer, layer_weights, x_TD, k_PKCH, v_PKCH)
             x_TD = x_TD + y_TD
             x_TD = x_TD + _feed_forward(step, layer_weights, x_TD)
-    return _norm(x_TD, weights["final_norm_D"], config.norm_eps, numerics), k_PKCH, v_PKCH
+    return rms_norm(x_TD, weights["final_norm_D"], config.norm_eps, numerics), k_PKCH, v_PKCH
 
 
 def logits_local(
@@ -116,7 +116,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What attention adds to the hidden state, and the pools with this layer's keys and values."""
     config, T = step.config, x_TD.shape[0]
-    x_TD = _norm(x_TD, weights["norms_2D"][0], config.norm_eps, step.how.numerics)
+    x_TD = rms_norm(x_TD, weights["norms_2D"][0], config.norm_eps, step.how.numerics)
     q_TNH, k_TKH, v_TKH = _heads(step, weights, x_TD)
     slots_T = step.slots_of(layer, k_PKCH.shape[0])
     k_PKCH, v_PKCH = write_kv(k_PKCH, v_PKCH, k_TKH, v_TKH, slots_T, step.offsets_T)
@@ -147,14 +147,14 @@ def _heads(step: Step, weights: Weights, x_TD: jax.Array) -> tuple[jax.Array, ja
     y_TNH = y_TX.astype(x_TD.dtype).reshape(T, -1, H)
     q_TNH, k_TKH, v_TKH = jnp.split(y_TNH, [N, N + K], axis=1)
     if config.qk_norm:
-        q_TNH = _norm(q_TNH, weights["qk_norms_2H"][0], config.norm_eps, step.how.numerics)
-        k_TKH = _norm(k_TKH, weights["qk_norms_2H"][1], config.norm_eps, step.how.numerics)
+        q_TNH = rms_norm(q_TNH, weights["qk_norms_2H"][0], config.norm_eps, step.how.numerics)
+        k_TKH = rms_norm(k_TKH, weights["qk_norms_2H"][1], config.norm_eps, step.how.numerics)
     return turn(q_TNH, step.cos_TH, step.sin_TH), turn(k_TKH, step.cos_TH, step.sin_TH), v_TKH
 
 
 def _feed_forward(step: Step, weights: Weights, x_TD: jax.Array) -> jax.Array:
     """What the gated MLP adds to the hidden state. The padding of F is zero and adds nothing."""
-    x_TD = _norm(x_TD, weights["norms_2D"][1], step.config.norm_eps, step.how.numerics)
+    x_TD = rms_norm(x_TD, weights["norms_2D"][1], step.config.norm_eps, step.how.numerics)
     local = weights["wd_FD"].shape[0]
     logical = local * mesh_size()
     y_TX = column_parallel(x_TD, weights["wgu_DX"], [(local, logical), (local, logical)], step.how)
@@ -164,11 +164,3 @@ def _feed_forward(step: Step, weights: Weights, x_TD: jax.Array) -> jax.Array:
     hidden_TF = jax.nn.silu(gate_TF.astype(jnp.float32)).astype(x_TD.dtype) * up_TF
     y_TD = row_parallel(hidden_TF, weights["wd_FD"], logical, step.how)
     return y_TD + weights["bd_D"] if step.config.mlp_bias else y_TD
-
-
-def _norm(x: jax.Array, weight: jax.Array, eps: float, numerics: Numerics) -> jax.Array:
-    """RMSNorm over the last axis in float32, rounded to x's dtype before the weight is applied."""
-    x32 = x.astype(jnp.float32)
-    squares = x32 * x32
-    total = tree_sum(squares, keepdims=True) if numerics == "invariant" else jnp.sum(squares, -1, keepdims=True)
-    return weight * (x32 * lax.rsqrt(total / x.shape[-1] + eps)).astype(x.dtype)
