@@ -65,6 +65,7 @@ class Rows:
         self.watches = np.zeros(num_rows, bool)  # EOS ends the row
         self.stops: dict[int, frozenset[int]] = {}  # rows with stop ids beside EOS
         self.bound: set[int] = set()  # rows that need their last token on the host before the next step
+        self.special = np.zeros(num_rows, bool)  # in stops or bound
         self.eos_ids, self.eos = eos_ids, frozenset(eos_ids)
         self.occupant: list[Sequence | None] = [None] * num_rows
         self.free = list(range(num_rows - 1, -1, -1))
@@ -97,6 +98,7 @@ class Rows:
             self.stops[row] = others
         if sequence.host_bound:
             self.bound.add(row)
+        self.special[row] = row in self.stops or row in self.bound
         self.occupant[row] = sequence
         sequence.row, sequence.state = row, State.RUNNING
         return row
@@ -169,12 +171,14 @@ class Rows:
         for eos in self.eos_ids:
             ends |= (tokens == eos) & self.watches[rows]
         if self.bound or self.stops:
-            self._receive_special(self.numbers[rows].tolist(), tokens.tolist(), ends)
+            self._receive_special(self.numbers[rows], tokens, ends)
         return ends
 
-    def _receive_special(self, rows: list[int], tokens: list[int], ends: np.ndarray) -> None:
-        for k, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if token in self.stops.get(row, ()):
+    def _receive_special(self, rows: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """What `receive` does for rows with stop ids of their own or a need of their last token here."""
+        for k in np.flatnonzero(self.special[rows]).tolist():
+            row = int(rows[k])
+            if int(tokens[k]) in self.stops.get(row, ()):
                 ends[k] = True
             if row in self.bound and (sequence := self.occupant[row]) is not None and not sequence.held:
                 self.open(row)
