@@ -6,7 +6,8 @@
 The production scheduler and runner run as they are; the compiled programs are replaced by one that returns a
 result at once, so neither JAX's dispatch nor a copy from a device is in the figures, and no text or stream either.
 All rows decode, two steps in flight, block boundaries spread over the steps. A second pass with a stopwatch around
-the parts says where the time goes; each reading adds about 0.2 us to it.
+the parts says where the time goes; each reading adds about 0.2 us to it. `replacing one` is a step in which one
+sequence leaves and another is seated, its record packed and its prompt begun.
 """
 
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from bench.record import parser, record, show
 from engine.core import prefix
-from engine.core.request import Request, Sampling, Stopping
+from engine.core.request import Request, Sampling
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.models.config import ModelConfig, Rope
 from engine.runner.buckets import buckets
@@ -59,11 +60,14 @@ class Lane:
         shape = LaneShape(blocks, block_size, num_rows, tokens, max_length, VOCAB, (EOS,), prefix_cache=False)
         self.scheduler = Scheduler(shape, prefix.root("bench"))
         self.runner = _stubbed(Sizes(blocks, block_size, num_rows, max_length), tokens)
-        rng = np.random.default_rng(num_rows)
-        for number in range(num_rows):
-            ids = rng.integers(1, VOCAB, rng.integers(prompt, 2 * prompt)).tolist()
-            request = Request(str(number), tuple(ids), Sampling(temperature=0.0), Stopping(max_tokens=10**6))
-            self.scheduler.submit(request, number)
+        self._rng, self._prompt = np.random.default_rng(num_rows), prompt
+        for _ in range(num_rows):
+            self.submit()
+
+    def submit(self) -> None:
+        """Queue one more sequence, which goes on to the end of the context."""
+        ids = self._rng.integers(1, VOCAB, self._rng.integers(self._prompt, 2 * self._prompt)).tolist()
+        self.scheduler.submit(Request("", tuple(ids), Sampling(temperature=0.0)), 0)
 
     def turn(self) -> tuple[int, int, int]:
         """Collect the oldest of two steps in flight and launch the next; nanoseconds of schedule, pack, collect."""
@@ -152,14 +156,28 @@ def breakdown(lane: Lane, steps: int) -> dict[str, float]:
     return {part: sum(spent.get(part, 0) for spent in kept) / len(kept) / 1e3 for part in parts}
 
 
+def replacing(lane: Lane, steps: int) -> float:
+    """Microseconds of a step in which one sequence leaves and another takes its place."""
+    clock, took = time.perf_counter_ns, []
+    for _ in range(steps):
+        oldest = next(iter(lane.scheduler.running.values()))
+        began = clock()
+        lane.scheduler.cancel(oldest)
+        left = clock()
+        lane.submit()
+        took.append(left - began + sum(lane.turn()))
+    return median(took) / 1e3
+
+
 def measure(num_rows: int, steps: int, block_size: int, max_length: int, prompt: int) -> dict[str, object]:
     """One row of the table; times in microseconds a step."""
-    lane = Lane(num_rows, block_size, max_length, prompt, 2 * steps + 2 * WARM_STEPS)
+    lane = Lane(num_rows, block_size, max_length, prompt, 3 * steps + 2 * WARM_STEPS)
     lane.fill()
     turns = [lane.turn() for _ in range(steps)]
     totals = [sum(turn) / 1e3 for turn in turns]
     schedule, pack, collect = (median(part) / 1e3 for part in zip(*turns, strict=True))
     tenths = quantiles(totals, n=10)
+    replaced = replacing(lane, steps)
     return {
         "rows": num_rows,
         "step us": median(totals),
@@ -169,6 +187,7 @@ def measure(num_rows: int, steps: int, block_size: int, max_length: int, prompt:
         "schedule": schedule,
         "pack": pack,
         "collect": collect,
+        "replacing one": replaced,
         "parts": breakdown(lane, steps),
     }
 
