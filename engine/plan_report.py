@@ -1,13 +1,14 @@
 """The text of `serac plan`: what a model takes on a mesh that may not be here yet.
 
-    MODEL --resolve--> config.json + settings + a named device --planning--> Plan --> tables, or one JSON object
+    MODEL --model_at--> config.json + settings + a named device --planning--> Plan --> tables, or one JSON object
 
-Only config.json is read, no weight; no device is asked.
+Only config.json is read, so a folder that holds nothing else can be planned for; no device is asked.
 """
 
 import json
 from collections.abc import Mapping
-from typing import TextIO
+from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from engine.banner import size
 from engine.config import Settings
@@ -15,7 +16,9 @@ from engine.errors import ConfigError
 from engine.models.config import ModelConfig, from_hf
 from engine.planning import Plan, Step, decide, device_named, estimate
 from engine.tables import show_table
-from engine.weights.source import ModelFolder, resolve
+from engine.weights.artifact import is_artifact
+from engine.weights.files import read_json
+from engine.weights.source import CONFIG, resolve
 from engine.weights.tensors import choose_dtype
 from sharding.mesh import MeshSpec, parse_mesh
 
@@ -31,6 +34,24 @@ OPTIONS = (  # of config.Settings, that a plan depends on
 )
 
 
+class Planned(NamedTuple):
+    """A model that may have no weights here."""
+
+    name: str
+    revision: str | None
+    config: Mapping[str, object]
+
+
+def model_at(model: str) -> Planned:
+    """What `model` names: as for a server, or a folder with a config.json alone, or that file."""
+    path = Path(model).expanduser()
+    lone = path if path.name == CONFIG else path / CONFIG
+    if lone.is_file() and (lone == path or not (is_artifact(path) or any(path.glob("*.safetensors*")))):
+        return Planned(lone.resolve().parent.name, None, read_json(lone, lone.resolve().parent))
+    folder = resolve(model)
+    return Planned(folder.name, folder.short_revision, folder.config())
+
+
 def run(settings: Settings, device: str, memory_bytes: int | None, as_json: bool, out: TextIO) -> int:
     """Plan and show it; 0 where all of it fits the device, else 1.
 
@@ -38,30 +59,30 @@ def run(settings: Settings, device: str, memory_bytes: int | None, as_json: bool
     memory_bytes  of each device, instead of what is known of the name
     Raises ConfigError, ModelError or NotFound, naming what to change.
     """
-    folder = resolve(settings.model)
-    config = from_hf(folder.config())
+    model = model_at(settings.model)
+    config = from_hf(model.config)
     there = device_named(device)
     if memory_bytes is not None:
         there = there._replace(memory_bytes=memory_bytes)
     try:
         spec = parse_mesh(settings.mesh) if settings.mesh != "auto" else MeshSpec()
-        stated = choose_dtype("auto", folder.config())
+        stated = choose_dtype("auto", model.config)
         plan = estimate(config, spec, there, decide(settings, config, spec, there, stated))
     except ValueError as error:
         raise ConfigError(str(error), field="mesh") from error
     if as_json:
-        print(json.dumps(as_object(plan, folder, config), default=str), file=out, flush=True)
+        print(json.dumps(as_object(plan, model, config), default=str), file=out, flush=True)
     else:
-        show(plan, folder, config, out)
+        show(plan, model, config, out)
     return 0 if plan.fits else 1
 
 
-def as_object(plan: Plan, folder: ModelFolder, config: ModelConfig) -> dict[str, object]:
+def as_object(plan: Plan, model: Planned, config: ModelConfig) -> dict[str, object]:
     """The plan for a program; bytes are those of one device."""
     sizes = plan.choice.sizes
     return {
-        "model": folder.name,
-        "revision": folder.short_revision,
+        "model": model.name,
+        "revision": model.revision,
         "architecture": config.architecture,
         "mesh": str(plan.spec),
         "devices": plan.spec.size,
@@ -91,10 +112,11 @@ def as_object(plan: Plan, folder: ModelFolder, config: ModelConfig) -> dict[str,
     }
 
 
-def show(plan: Plan, folder: ModelFolder, config: ModelConfig, out: TextIO) -> None:
+def show(plan: Plan, model: Planned, config: ModelConfig, out: TextIO) -> None:
     """The plan for a person."""
     choice = plan.choice
-    title = f"{folder.name} ({config.architecture}, revision {folder.short_revision})"
+    weights = "no weights here" if model.revision is None else f"revision {model.revision}"
+    title = f"{model.name} ({config.architecture}, {weights})"
     lanes = f"{plan.spec.dp} lane{'s' * (plan.spec.dp > 1)} of {plan.spec.tp} device{'s' * (plan.spec.tp > 1)}"
     print(f"{title} on {plan.spec}: {lanes}, {choice.dtype}, numerics {choice.numerics}\n", file=out)
     show_table("bytes of one device", _memory(plan), out)

@@ -2,7 +2,6 @@ import json
 
 from bench.__main__ import BENCHES, main
 from bench.record import machine, record, show
-from engine.tables import readable, show_table
 
 
 def test_a_line_holds_what_is_needed_to_make_the_figure_again(tmp_path):
@@ -28,43 +27,9 @@ def test_without_a_file_nothing_is_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_for_a_program_is_aligned_text(capsys):
-    show("title", [{"rows": 1, "us": 3.14159, "detail": [1, 2]}, {"rows": 4096, "us": 1234.5, "ok": True}])
-    assert capsys.readouterr().out.splitlines() == [
-        "title",
-        "   rows     us  ok",
-        "      1   3.14",
-        "  4,096  1,234  yes",
-    ]
-
-
-def test_a_table_for_a_person_is_drawn():
-    class Terminal:
-        text = ""
-
-        def isatty(self):
-            return True
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self):
-            pass
-
-    out = Terminal()
-    show_table("title", [{"a": 1.5, "b": None}], out)
-    assert "title" in out.text and "1.5" in out.text and "─" in out.text
-
-
-def test_a_cell_is_short():
-    assert [readable(v) for v in (None, False, 12345, 0.00123456, 98765.4, {"a": 1.0})] == [
-        "",
-        "no",
-        "12,345",
-        "0.00123",
-        "98,765",
-        "a 1",
-    ]
+def test_what_is_for_programs_alone_is_not_shown(capsys):
+    show("title", [{"rows": 1, "tokens": [1, 2], "parts": {"pack": 1.5}}])
+    assert capsys.readouterr().out.splitlines() == ["title", "  rows", "     1"]
 
 
 def test_the_benches_are_listed_and_an_unknown_one_is_answered_with_the_list(capsys):

@@ -138,6 +138,15 @@ def test_the_report_says_the_same_to_a_person_and_to_a_program():
     assert facts["steps"][0]["collectives"]["all-reduce"]["calls"] == 2 * 6 + 1 + 3
 
 
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_a_config_alone_is_enough_to_plan(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(ODD))
+    out = io.StringIO()
+    assert run(Settings(model=str(tmp_path / name), mesh="tp=4"), "cpu", None, True, out) == 0
+    facts = json.loads(out.getvalue())
+    assert facts["model"] == tmp_path.name and facts["revision"] is None and facts["weights_bytes"] > 0
+
+
 def test_the_command_plans_for_a_device_that_is_not_here(capsys):
     assert main(["plan", "embedded", "--mesh", "tp=8", "--device", "h200", "--memory-bytes", "1GB", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
