@@ -9,8 +9,9 @@ list, and a loop takes W of them at a time, whatever rows they belong to:
 
 The rows of a group stand side by side in the list, so their running state is one slice of W places.
 
-Cost: the keys and values of the tiles, read once, plus a few microseconds for each group. On CPU a group
-holds about 1 MiB of keys, so that it stays in the second-level cache between the gather and the products.
+Cost: the keys and values of the tiles are copied once out of the pools and multiplied once, and each group
+takes some 25 microseconds more. On CPU that is 3 to 4 times the time of reading them with one core, for heads of
+128; a group holds about 1 MiB of keys, since smaller ones pay for their number and larger ones for the cache.
 Source: FlashDecoding (split over positions, merge by log-sum-exp), as a work list.
 """
 
@@ -45,7 +46,7 @@ class Group(NamedTuple):
     row_W: jax.Array
     place_W: jax.Array
     live_W: jax.Array  # false past the end of the list
-    blocks_Wm: jax.Array
+    blocks_w: jax.Array  # w = W * m
     positions_Ws: jax.Array
 
 
@@ -87,11 +88,11 @@ def attend(
         if window is not None:
             seen_Ws &= group.positions_Ws >= (tiles.lengths_B[group.row_W] - window)[:, None]
         seen_Ws &= group.live_W[:, None]
-        k_WmKCH, v_WmKCH = (
-            as_numbers(pool.at[group.blocks_Wm].get(mode="promise_in_bounds")) for pool in (k_PKCH, v_PKCH)
+        k_wKCH, v_wKCH = (
+            as_numbers(pool.at[group.blocks_w].get(mode="promise_in_bounds", wrap_negative_indices=False))
+            for pool in (k_PKCH, v_PKCH)
         )
-        scores_WmKGC = scores_of(q_BKGH[group.row_W], k_WmKCH, platform)
-        part = weigh(scores_WmKGC, v_WmKCH, seen_Ws.reshape(W, m, C), platform)
+        part = weigh(scores_of(q_BKGH[group.row_W], k_wKCH, platform), v_wKCH, seen_Ws, platform)
         return first + W, merge(state, part, group)
 
     places = B + W
@@ -128,36 +129,43 @@ def take(tiles: Tiles, first: jax.Array, W: int, m: int, C: int) -> Group:
     blocks_Wm = tiles.blocks_BM[row_W[:, None], tile_W[:, None] * m + jnp.arange(m)]
     blocks_Wm = jnp.where(live_W[:, None], blocks_Wm, 0)
     positions_Ws = tile_W[:, None] * (m * C) + jnp.arange(m * C)
-    return Group(row_W, tiles.place_B[row_W], live_W, blocks_Wm, positions_Ws)
+    return Group(row_W, tiles.place_B[row_W], live_W, blocks_Wm.reshape(-1), positions_Ws)
 
 
-def scores_of(q_WKGH: jax.Array, k_WmKCH: jax.Array, platform: str) -> jax.Array:
-    """[W, m, K, G, C].
+def scores_of(q_WKGH: jax.Array, k_wKCH: jax.Array, platform: str) -> jax.Array:
+    """[w, K, G, C].
 
-    Blocks are an axis of the batch and keys the left operand: with m joined to C, or with queries on the left,
-    XLA on CPU transposes the keys before it multiplies.
+    Blocks are an axis of the batch and keys the left operand: with the blocks of a tile joined to C, or with
+    queries on the left, XLA on CPU transposes the keys before it multiplies.
     """
-    wide = jnp.float32 if platform == "cpu" else k_WmKCH.dtype  # narrow dots need instructions a CPU may lack
-    m = k_WmKCH.shape[1]
-    q_WmKGH = jnp.broadcast_to(q_WKGH.astype(wide)[:, None], (q_WKGH.shape[0], m, *q_WKGH.shape[1:]))
-    scores_WmKCG = jnp.einsum(
-        "WmKCH,WmKGH->WmKCG", k_WmKCH.astype(wide), q_WmKGH, preferred_element_type=jnp.float32
-    )
-    return scores_WmKCG.swapaxes(-1, -2)
+    wide = jnp.float32 if platform == "cpu" else k_wKCH.dtype  # narrow dots need instructions a CPU may lack
+    q_wKGH = jnp.repeat(q_WKGH.astype(wide), k_wKCH.shape[0] // q_WKGH.shape[0], axis=0)
+    scores_wKCG = jnp.einsum("wKCH,wKGH->wKCG", k_wKCH.astype(wide), q_wKGH, preferred_element_type=jnp.float32)
+    return scores_wKCG.swapaxes(-1, -2)
 
 
-def weigh(scores_WmKGC: jax.Array, v_WmKCH: jax.Array, seen_WmC: jax.Array, platform: str) -> Partial:
+def weigh(scores_wKGC: jax.Array, v_wKCH: jax.Array, seen_Ws: jax.Array, platform: str) -> Partial:
     """Softmax of each tile alone, and its sum of values."""
-    seen_Wm11C = seen_WmC[:, :, None, None]
-    top_WKG = jnp.max(jnp.where(seen_Wm11C, scores_WmKGC, NOTHING), axis=(1, 4))
-    weights_WmKGC = jnp.where(seen_Wm11C, jnp.exp(scores_WmKGC - top_WKG[:, None, ..., None]), 0)
+    w, K, G, C = scores_wKGC.shape
+    tiles = (seen_Ws.shape[0], w // seen_Ws.shape[0])
+    seen_wC = seen_Ws.reshape(w, C)
+    seen_wKGC = seen_wC[:, None, None]
+    scores_wKGC = jnp.where(seen_wKGC, scores_wKGC, NOTHING)
+    top_WKG = jnp.max(jnp.max(scores_wKGC, axis=-1).reshape(*tiles, K, G), axis=1)
+    top_wKG = jnp.repeat(top_WKG, tiles[1], axis=0)
+    weights_wKGC = jnp.where(seen_wKGC, jnp.exp(scores_wKGC - top_wKG[..., None]), 0)
     # Where nothing was written there may be NaN, and 0 * NaN is NaN.
-    v_WmKCH = jnp.where(seen_WmC[:, :, None, :, None], v_WmKCH, 0)
-    wide = jnp.float32 if platform == "cpu" else v_WmKCH.dtype
-    total_WmKGH = jnp.einsum(
-        "WmKGC,WmKCH->WmKGH", weights_WmKGC.astype(wide), v_WmKCH.astype(wide), preferred_element_type=jnp.float32
+    v_wKCH = jnp.where(seen_wC[:, None, :, None], v_wKCH, 0)
+    wide = jnp.float32 if platform == "cpu" else v_wKCH.dtype
+    total_wKGH = jnp.einsum(
+        "wKGC,wKCH->wKGH", weights_wKGC.astype(wide), v_wKCH.astype(wide), preferred_element_type=jnp.float32
     )
-    return Partial(jnp.sum(total_WmKGH, axis=1), top_WKG, jnp.sum(weights_WmKGC, axis=(1, 4)))
+    mass_wKG = jnp.sum(weights_wKGC, axis=-1)
+    return Partial(
+        jnp.sum(total_wKGH.reshape(*tiles, K, G, -1), axis=1),
+        top_WKG,
+        jnp.sum(mass_wKG.reshape(*tiles, K, G), axis=1),
+    )
 
 
 def merge(state: Partial, part: Partial, group: Group) -> Partial:
