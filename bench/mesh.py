@@ -2,7 +2,8 @@
 
     --meshes 1,2,4,8 -> a process a mesh with as many virtual devices (bench/mesh_lane.py) -> table, lines, picture
 
-JAX takes its devices once, when it starts; so each mesh has a process of its own and one command makes all rows.
+JAX takes its devices once, when it starts; so each mesh has a process of its own and one command makes all rows. Of
+several lanes one is measured.
 On virtual devices of one CPU the speeds say what a mesh costs there and nothing of what it would gain on many
 processors; collectives, bytes, programs and tokens are what they would be.
 """

@@ -99,7 +99,7 @@ def add_options(lines: argparse.ArgumentParser) -> None:
     lines.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lines.add_argument("--numerics", default="fast", choices=("fast", "invariant"))
     lines.add_argument("--rows", type=int, default=4, help="sequences at once (default 4)")
-    lines.add_argument("--tokens", type=int, default=64, help="most tokens in a step (default 64)")
+    lines.add_argument("--tokens", type=int, default=128, help="most tokens in a step (default 128)")
     lines.add_argument("--prompt", type=int, default=96, help="tokens of a prompt (default 96)")
     lines.add_argument("--output", type=int, default=64, help="tokens drawn for each (default 64)")
     lines.add_argument("--repeats", type=int, default=3, help="runs counted (default 3)")
