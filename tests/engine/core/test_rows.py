@@ -44,6 +44,9 @@ def test_one_that_leaves_or_takes_a_place_makes_another_cohort():
     newcomer = seated(rows, 7)
     assert newcomer.row == 1 and rows.cohort().key == old.key, "the same rows decode"
     assert rows.cohort().serials.tolist() == [0, 7, 2]
+    rows.leave(group[0])
+    seated(rows, 8)
+    assert rows.cohort().serials.tolist() == [8, 7, 2], "the same rows, unseen in between"
     rows.check(in_flight=1)
 
 
