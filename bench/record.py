@@ -25,6 +25,7 @@ SCHEMA = 1
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint")
 ROOT = Path(__file__).parent.parent
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+PLACES = ("--out", "--picture")  # options that name files
 Kind = Literal["measured", "computed"]
 Row = Mapping[str, object]
 
@@ -75,10 +76,10 @@ def record(name: str, arguments: Sequence[str]) -> Record:
     """The record of a bench called with `arguments`; where its figures went is left out."""
     kept, skip = [], False
     for word in arguments:
-        if not skip and not word.startswith("--out="):
+        option, _, value = word.partition("=")
+        if not skip and option not in PLACES:
             kept.append(word)
-        skip = word == "--out"
-    kept = [word for word in kept if word != "--out"]
+        skip = option in PLACES and not value
     return Record(name, " ".join(["python -m bench", name, *kept]))
 
 

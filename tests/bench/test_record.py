@@ -18,7 +18,8 @@ def test_a_line_holds_what_is_needed_to_make_the_figure_again(tmp_path):
 
 def test_a_line_names_no_path_and_no_host(tmp_path):
     file = tmp_path / "figures.jsonl"
-    record("host", ["--out", str(file)]).append([{"rows": 1}], file)
+    places = ["--picture", str(tmp_path / "x.png"), "--out", str(file)]
+    record("mesh", places).append([{"rows": 1}], file)
     assert str(tmp_path) not in file.read_text() and "/" not in json.dumps(machine())
 
 
