@@ -4,7 +4,8 @@
 
 Every row decodes at the same position over scattered blocks; weights and tokens are random, the draw is greedy.
 The step is the compiled program alone, called again and again: no scheduler. A ratio of 1 is the floor: no step can
-be shorter than reading its weights, and more rows add arithmetic and keys.
+be shorter than reading its weights, and more rows add arithmetic and keys. `products` is the same for a program
+that only multiplies every matrix: what it lacks to the step is attention, norms, the draw and the gaps between.
 """
 
 import dataclasses
@@ -13,13 +14,15 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from bench.bandwidth import Reader
 from bench.record import machine, parser, record, show
 from engine.core.plan import COUNT, DRAW, ROW, START
 from engine.models.config import ModelConfig, from_hf
+from engine.models.project import Method, column_parallel
 from engine.planning import weights_bytes
 from engine.runner.buckets import Bucket
 from engine.runner.runner import Model, Runner
@@ -30,6 +33,7 @@ from sharding.mesh import MeshSpec, lane_meshes
 
 AIMS = {1: 1.3, 4: 1.6, 16: 2.5}
 BLOCK = 16
+MATRICES = ("wqkv_DX", "wo_XD", "wgu_DX", "wd_FD")
 RUN_S = 0.3  # how long a run of steps lasts, about
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -82,6 +86,24 @@ def make(config: ModelConfig, weights: Mapping, mesh: Mesh, rows: int, positions
     return step
 
 
+def products(weights: Mapping, mesh: Mesh, rows: int) -> Callable[[], None]:
+    """A function that multiplies every matrix with `rows` rows, as the decoder does, and does nothing else."""
+    how = Method("fast", "cpu")
+    matrices = [layer[name] for layer in weights["layers"] for name in MATRICES] + [weights["head_DV"]]
+
+    def local(matrices: list[jax.Array]) -> jax.Array:
+        carried = jnp.float32(0)
+        for w_DX in matrices:  # each waits for the one before, as in a decoder
+            x_BD = jnp.full((rows, w_DX.shape[0]), carried)
+            carried = 1e-9 * column_parallel(x_BD, w_DX, [], how)[0, 0]
+        return carried
+
+    specs = [w.sharding.spec for w in matrices]
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False)
+    run = jax.jit(mapped).lower(matrices).compile()
+    return lambda: jax.block_until_ready(run(matrices))
+
+
 def measure(step: Callable[[], None], reader: Reader, pairs: int) -> dict[str, float]:
     """Medians over `pairs` runs of steps, each between two readings."""
     step()
@@ -128,10 +150,11 @@ def main(arguments: list[str]) -> int:
         weights = random_weights(config, mesh, np.dtype(np.float32))
         with Reader(weights_bytes(config, 1, 4), machine()["cores"]) as reader:
             for rows in map(int, chosen.rows.split(",")):
+                alone = measure(products(weights, mesh, rows), reader, chosen.pairs)
                 figures = measure(make(config, weights, mesh, rows, chosen.positions), reader, chosen.pairs)
-                lines.append(
-                    {"model": name, "layers": config.num_layers, "rows": rows, **figures, "aim": AIMS.get(rows)}
-                )
+                about = {"model": name, "layers": config.num_layers, "rows": rows}
+                extra = {"aim": AIMS.get(rows), "products ms": alone["step ms"], "products ratio": alone["ratio"]}
+                lines.append({**about, **figures, **extra})
     show(f"decode step over {chosen.positions} positions, float32, beside one reading of the weights", lines)
     record("decode", arguments).append(lines, chosen.out)
     return 0

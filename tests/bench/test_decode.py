@@ -7,7 +7,7 @@ import pytest
 
 from bench import decode
 from bench.bandwidth import Reader
-from bench.decode import make, measure, shape_of
+from bench.decode import make, measure, products, shape_of
 from engine.weights.drawn import random_weights
 from sharding.mesh import MeshSpec, lane_meshes
 
@@ -45,6 +45,14 @@ def test_a_step_decodes_every_row_over_its_positions():
     after = np.asarray(runner.state.history_RS)
     changed = np.argwhere(before != after)
     assert set(changed[:, 1].tolist()) <= {20} and np.count_nonzero(np.asarray(runner.state.k_PKCH)) > 0
+
+
+def test_products_alone_are_a_program_of_their_own():
+    config = dataclasses.replace(shape_of("embedded", 1), vocab=64, ffn=32)
+    mesh = lane_meshes(MeshSpec(), config.heads, config.kv_heads, jax.devices()[:1])[0]
+    run = products(random_weights(config, mesh, np.dtype(np.float32)), mesh, rows=2)
+    text = run.__closure__[[name for name in run.__code__.co_freevars].index("run")].cell_contents.as_text()
+    assert text.count("layer") == 0 and run() is not None
 
 
 def test_a_shape_may_be_cut_to_fewer_layers():
