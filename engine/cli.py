@@ -98,7 +98,7 @@ def fetch(model: str) -> None:
 def add_plan(parser: Parser) -> None:
     """The settings that a plan depends on, and the device there would be."""
     add_settings(parser, PLANNED)
-    parser.add_argument("--device", dest="there", default="cpu", metavar="NAME", help="h200, h100 ... (default cpu)")
+    parser.add_argument("--device", dest="there", default="cpu", metavar="NAME", help="h200, h100 (default cpu)")
     parser.add_argument("--memory-bytes", metavar="SIZE", help="memory of a device, instead of the named one's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
