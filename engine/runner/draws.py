@@ -64,6 +64,9 @@ FIELDS = (
     ("bias_values", np.float32, MAX_BIAS),
 )
 WIDTH = sum(width for _, _, width in FIELDS)
+RECORD = np.dtype([(name, dtype, (width,)) if width > 1 else (name, dtype) for name, dtype, width in FIELDS])
+UNLISTED = np.zeros(1, RECORD)  # a record whose lists are empty
+UNLISTED["stop_ids"] = UNLISTED["bias_ids"] = NO_TOKEN
 
 BLANK = Draw(
     seed=0,
@@ -95,7 +98,7 @@ def encode(draw: Draw) -> np.ndarray:
             f"record: got {len(draw.stop_ids)} stop ids and {len(draw.logit_bias)} biases; "
             f"expected at most {MAX_STOP_IDS} and {MAX_BIAS}"
         )
-    values = (
+    scalars = (
         draw.seed >> 32,
         draw.seed & 0xFFFFFFFF,
         draw.choice,
@@ -109,12 +112,16 @@ def encode(draw: Draw) -> np.ndarray:
         draw.presence_penalty,
         draw.masked_until,
         draw.logprobs,
-        (*draw.stop_ids, *[NO_TOKEN] * (MAX_STOP_IDS - len(draw.stop_ids))),
-        (*[token for token, _ in draw.logit_bias], *[NO_TOKEN] * (MAX_BIAS - len(draw.logit_bias))),
-        (*[value for _, value in draw.logit_bias], *[0.0] * (MAX_BIAS - len(draw.logit_bias))),
     )
-    parts = [np.atleast_1d(np.asarray(v, dtype)) for v, (_, dtype, _) in zip(values, FIELDS, strict=True)]
-    return np.concatenate([part.view(np.int32) for part in parts])
+    packed = UNLISTED.copy()
+    record = packed[0]
+    for (name, _, _), value in zip(FIELDS, scalars, strict=False):
+        record[name] = value
+    record["stop_ids"][: len(draw.stop_ids)] = draw.stop_ids
+    if draw.logit_bias:
+        ids, values = zip(*draw.logit_bias, strict=True)
+        record["bias_ids"][: len(ids)], record["bias_values"][: len(ids)] = ids, values
+    return packed.view(np.int32)
 
 
 def decode(packed_RW: jax.Array) -> Draws:
