@@ -152,7 +152,7 @@ def breakdown(lane: Lane, steps: int) -> dict[str, float]:
         lane.turn()
         turns.append(watch.spent)
     kept = sorted(turns, key=lambda spent: sum(spent.values()))[: -steps // QUIET_SHARE or None]
-    parts = dict.fromkeys(part for spent in kept for part in spent)
+    parts = dict.fromkeys([*PARTS, *(part for spent in kept for part in spent)])
     return {part: sum(spent.get(part, 0) for spent in kept) / len(kept) / 1e3 for part in parts}
 
 
