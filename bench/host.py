@@ -102,7 +102,7 @@ def _stubbed(sizes: Sizes, max_tokens: int) -> Runner:
         Model(config, {}, mesh, np.dtype(np.float32), "fast"), sizes, buckets(sizes.max_rows, max_tokens)
     )
     for bucket in runner.buckets:
-        answer = np.ones((bucket.rows, PLAIN_WIDTH), np.int32).view(Result)
+        answer = np.ones((PLAIN_WIDTH, bucket.rows), np.int32).view(Result)
         runner.programs[bucket] = Program(bucket, _answering(answer), 0.0, None, str)
     runner._loads = {length: lambda state, draws, _: (state, draws) for length in load_lengths(sizes.max_length)}
     return runner

@@ -108,6 +108,7 @@ class Scheduler:
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._deadlines: list[tuple[float, int]] = []
         self._serial = self._step = 0
+        self._now = 0.0
         self._draining = False
 
     # -- what the outside asks ------------------------------------------------------------------------------------
@@ -149,6 +150,7 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is none to make before the next collect. `now` in seconds."""
+        self._now = now
         self._expire(now)
         if (self._draining or self.suspects) and self.flights:
             return None
@@ -215,8 +217,8 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         computed = len(shared) * size
-        if not sequence.admitted:
-            sequence.admitted, sequence.cached = True, min(computed, sequence.prompt_length)
+        if sequence.seated_at is None:
+            sequence.seated_at, sequence.cached = self._now, min(computed, sequence.prompt_length)
             self.prompt_tokens += sequence.prompt_length
             self.cached_tokens += sequence.cached
         self.rows.seat(sequence, shared + self.pool.take(missing), computed)

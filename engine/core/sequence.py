@@ -43,7 +43,7 @@ class Sequence:
     state: State = State.WAITING
     row: int = -1
     cached: int = 0  # prompt tokens found by prefix when first admitted
-    admitted: bool = False
+    seated_at: float | None = None  # when it first took a row, in seconds of the scheduler's clock
     scored: int = 0  # prompt tokens whose log-probability was reported
     host_bound: bool = False  # what it draws next depends on its last token seen by the host
     held: bool = False  # its client does not read

@@ -98,7 +98,8 @@ class Output:
     choices: list[Choice]
     sequences: list[Sequence] = field(default_factory=list)  # set by the lane's thread when it submits
     started_at: float = 0.0
-    last_at: float | None = None  # when tokens last came
+    first_at: float | None = None  # when tokens first came
+    last_at: float | None = None  # when they last came
     last_count: int = 0
     held: bool = False
     closed: bool = False  # nobody reads any more

@@ -18,7 +18,9 @@ from engine.clock import Clock
 from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.scheduler import Scheduler
 from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
+from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
+from engine.replica.delta import Finish
 from engine.replica.lane import Lane
 from engine.replica.output import Desk, Output, Started, open_output
 from engine.text.text import Text
@@ -207,6 +209,7 @@ class Replica:
         if count == output.last_count:
             return
         if output.last_at is None:
+            output.first_at = now
             self.metrics.observe("time_to_first_token_seconds", now - output.started_at)
         else:
             fresh = count - output.last_count
@@ -228,6 +231,7 @@ class Replica:
         self.metrics.add("tokens", finishes[0].usage.cached_tokens, "cached")
         self.metrics.add("tokens", sum(f.usage.completion_tokens for f in finishes), "generated")
         self.metrics.observe("request_seconds", now - output.started_at)
+        log_request(logger, _line(output, worst, finishes, now, self.info.revision))
 
     def refresh(self) -> None:
         """Bring the gauges and totals of the metrics up to date."""
@@ -257,3 +261,21 @@ class Replica:
             "compilations_after_ready": self.late_compiles(),
         }
         return {name: float(value) for name, value in totals.items()}
+
+
+def _line(output: Output, outcome: str, finishes: list[Finish], now: float, revision: str) -> RequestLine:
+    """What the log says of a request that has ended."""
+    seated = [s.seated_at for s in output.sequences if s.seated_at is not None]
+    error = next((finish.error for finish in finishes if finish.error is not None), None)
+    return RequestLine(
+        output.request.request_id,
+        outcome,
+        finishes[0].usage.prompt_tokens,
+        finishes[0].usage.cached_tokens,
+        sum(finish.usage.completion_tokens for finish in finishes),
+        queue_s=min(seated, default=now) - output.started_at,
+        first_token_s=None if output.first_at is None else output.first_at - output.started_at,
+        total_s=now - output.started_at,
+        revision=revision,
+        code="" if error is None else error.grpc,
+    )

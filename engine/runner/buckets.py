@@ -48,10 +48,9 @@ def buckets(max_rows: int, max_tokens: int, most: tuple[int, int] = FINE) -> tup
 
 
 def fitting(choices: tuple[Bucket, ...], num_tokens: int, num_rows: int, one_token: bool, full: bool) -> Bucket:
-    """The cheapest bucket of its kind that holds the step."""
-    return min(
-        bucket
-        for bucket in choices
-        if bucket.one_token == one_token and bucket.full == full
-        if bucket.tokens >= num_tokens and bucket.rows >= num_rows
-    )
+    """The cheapest bucket of its kind that holds the step; `choices` have the cheapest of a kind first."""
+    for bucket in choices:
+        if bucket.tokens >= num_tokens and bucket.rows >= num_rows:
+            if bucket.one_token == one_token and bucket.full == full:
+                return bucket
+    raise ValueError(f"step of {num_tokens} tokens in {num_rows} rows: larger than every program of its kind")

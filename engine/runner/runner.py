@@ -98,9 +98,12 @@ class Runner:
     def launch(self, plan: StepPlan) -> None:
         """Dispatch `plan`. Raises what packing or dispatching raises, before the device has changed."""
         bucket = fitting(self.buckets, plan.num_tokens, len(plan.rows), plan.one_token, not plan.plain)
-        packed = np.zeros((bucket.rows, plan.rows.shape[1]), np.int32)
-        packed[: len(plan.rows)] = plan.rows
-        self._load(plan)
+        packed = plan.rows
+        if len(packed) < bucket.rows:
+            packed = np.zeros((bucket.rows, packed.shape[1]), np.int32)
+            packed[: len(plan.rows)] = plan.rows
+        if plan.loads:
+            self._load(plan)
         self.state, result = self.programs[bucket].run(self.model.weights, self.state, self.draws, packed)
         result.copy_to_host_async()
         self._flights.append((plan, result))

@@ -150,20 +150,21 @@ def _draw(
         fields = [tokens_B, finite_B]
     line_B = jnp.where(points.draws_B, seat_B, history_RS.shape[0])
     history_RS = history_RS.at[line_B, points.position_B].set(tokens_B, mode="drop")
-    return history_RS, jnp.concatenate([_bits(field) for field in fields], axis=1)
+    return history_RS, jnp.concatenate([_bits(field) for field in fields])
 
 
 def _bits(field: jax.Array) -> jax.Array:
-    field = field[:, None] if field.ndim == 1 else field
+    """One line of B integers for each column of `field`."""
+    field = field[None] if field.ndim == 1 else field.T
     return lax.bitcast_convert_type(field, jnp.int32) if field.dtype == jnp.float32 else field.astype(jnp.int32)
 
 
 def read_result(step: int, packed: np.ndarray, num_points: int) -> StepResult:
-    """The StepResult of a packed result, int32 [B, PLAIN_WIDTH or FULL_WIDTH]."""
-    packed = packed[:num_points]
-    tokens, finite = packed[:, 0], packed[:, 1] > 0
-    if packed.shape[1] == PLAIN_WIDTH:
+    """The StepResult of a packed result, int32 [PLAIN_WIDTH or FULL_WIDTH, B]."""
+    packed = packed[:, :num_points]
+    tokens, finite = packed[0], packed[1] > 0
+    if len(packed) == PLAIN_WIDTH:
         return StepResult(step, tokens, finite)
-    floats = np.ascontiguousarray(packed).view(np.float32)
-    top_ids, top_logprobs = packed[:, 4 : 4 + TOP], floats[:, 4 + TOP :]
-    return StepResult(step, tokens, finite, floats[:, 2], packed[:, 3], top_ids, top_logprobs)
+    floats = packed.view(np.float32)
+    top_ids, top_logprobs = packed[4 : 4 + TOP].T, floats[4 + TOP :].T
+    return StepResult(step, tokens, finite, floats[2], packed[3], top_ids, top_logprobs)

@@ -1,3 +1,4 @@
+import logging
 import threading
 
 import pytest
@@ -15,6 +16,27 @@ def test_text_is_the_decoding_of_the_tokens_and_usage_counts_them(life):
     assert shown == life.text.decode(ids) and finish.reason == "length"
     assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (len(output.request.prompt_ids), 40)
     assert output.done and life.restored and life.metrics.value("requests", "length") == 1
+
+
+def test_the_log_has_one_line_a_request_with_its_times(life, caplog, monkeypatch):
+    caplog.set_level("INFO", "serac.replica")
+    monkeypatch.setattr(logging.getLogger("serac"), "propagate", True)
+    life.submit(max_tokens=6)
+    life.submit("b", max_tokens=6, deadline_at=1.5)
+    for _ in range(4):
+        life.clock.advance(0.5)
+        life.turn()
+    life.run()
+    lines = {record.request_id: record for record in caplog.records if record.getMessage() == "request"}
+    assert sorted(lines) == ["a", "b"] and len(caplog.records) == 2
+    line = lines["a"]
+    assert (line.outcome, line.prompt_tokens, line.completion_tokens) == ("length", 3, 6)
+    assert (line.queue_s, line.first_token_s, line.total_s, line.revision) == (0.5, 1.5, 2.0, "r1")
+    assert (lines["b"].outcome, lines["b"].code, hasattr(line, "prompt")) == (
+        "deadline",
+        "DEADLINE_EXCEEDED",
+        False,
+    )
 
 
 def test_a_request_without_a_seed_gets_a_recorded_one(life):
