@@ -50,7 +50,7 @@ def buckets(max_rows: int, max_tokens: int, most: tuple[int, int] = FINE) -> tup
 def fitting(choices: tuple[Bucket, ...], num_tokens: int, num_rows: int, one_token: bool, full: bool) -> Bucket:
     """The cheapest bucket of its kind that holds the step; `choices` have the cheapest of a kind first."""
     for bucket in choices:
-        if bucket.tokens >= num_tokens and bucket.rows >= num_rows:
-            if bucket.one_token == one_token and bucket.full == full:
-                return bucket
+        holds = bucket.tokens >= num_tokens and bucket.rows >= num_rows
+        if holds and bucket.one_token == one_token and bucket.full == full:
+            return bucket
     raise ValueError(f"step of {num_tokens} tokens in {num_rows} rows: larger than every program of its kind")
