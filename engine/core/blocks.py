@@ -4,6 +4,8 @@ Blocks are integers here; `engine/runner` owns the arrays they index. A block mo
 
     free --take--> held --drop to 0 references--> cached if it was published, else free
                     ^-----------share------------ cached --evict, oldest first--> free
+                   held --begin_write--> writing --end_write--> held      KV comes from another lane: neither
+                                                                          published nor freed before the end
 
 Block 0 is the sink that padded rows read and write; it is never handed out.
 Every method costs O(blocks it names). Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
@@ -33,6 +35,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # published, no references; oldest first
         self._block_of: dict[bytes, int] = {}
         self._content_of: dict[int, Content] = {}
+        self._writing: set[int] = set()
 
     @property
     def available(self) -> int:
@@ -43,6 +46,11 @@ class BlockPool:
     def usable(self) -> int:
         """Blocks that can ever be handed out."""
         return len(self._refs) - 1
+
+    @property
+    def writing(self) -> int:
+        """Blocks that another lane's KV is on its way to."""
+        return len(self._writing)
 
     @property
     def cached(self) -> int:
@@ -73,11 +81,20 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def begin_write(self, blocks: Iterable[int]) -> None:
+        """Mark taken blocks as written from outside this lane's steps."""
+        self._writing.update(blocks)
+
+    def end_write(self, blocks: Iterable[int]) -> None:
+        """Nothing can write `blocks` from outside any more."""
+        self._writing.difference_update(blocks)
+
     def publish(self, block: int, content: Content) -> None:
         """Let `share` find `block`; call it once the device has written the whole block.
 
         The first of two equal blocks wins and the other stays private: tables are append-only.
         """
+        assert block not in self._writing, "published while it is written"
         if content.key not in self._block_of and block not in self._content_of:
             self._block_of[content.key], self._content_of[block] = block, content
 
@@ -92,6 +109,7 @@ class BlockPool:
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block, tail first, so that a prefix outlives its suffix."""
+        assert self._writing.isdisjoint(blocks), "freed while it is written"
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0 and block in self._content_of:
@@ -111,6 +129,7 @@ class BlockPool:
         """
         held = [block for block, refs in enumerate(self._refs) if refs > 0]
         assert sorted(held + self._free + list(self._cached)) == list(range(1, len(self._refs)))
+        assert self._writing <= set(held)
         assert set(self._cached) <= self._content_of.keys() and not self._content_of.keys() & set(self._free)
         assert {content.key: block for block, content in self._content_of.items()} == self._block_of
         if holds is not None:

@@ -9,14 +9,24 @@ from engine.errors import SeracError
 
 
 @dataclass(frozen=True, slots=True)
+class Seated:
+    """A sequence took part in steps for the first time: `at` in seconds of the scheduler's clock."""
+
+    sequence: Sequence
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Emission:
     """Tokens drawn in one step, for the sequences that still run or just ended with them.
 
-    serials int64 [k]; tokens int32 [k]; the rest, [k] and [k, 20], only when the step was not plain.
+    serials int64 [k]; tokens int32 [k]; positions int64 [k] of the tokens in their sequences; the rest, [k] and
+    [k, 20], only when the step was not plain.
     """
 
     serials: np.ndarray
     tokens: np.ndarray
+    positions: np.ndarray
     logprob: np.ndarray | None = None
     rank: np.ndarray | None = None
     top_ids: np.ndarray | None = None
@@ -36,6 +46,14 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A sequence that only prefills has KV of its first `positions` positions in its blocks."""
+
+    sequence: Sequence
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A sequence is over; nothing follows.
 
@@ -49,4 +67,4 @@ class Ended:
     error: SeracError | None = None
 
 
-Event = Emission | Scored | Ended
+Event = Seated | Emission | Scored | Computed | Ended

@@ -57,7 +57,8 @@ class Rows:
         self.num_blocks = np.zeros(num_rows, np.int32)
         self.computed = np.zeros(num_rows, np.int32)
         self.target = np.zeros(num_rows, np.int32)
-        self._next = self.numbers * max_length  # where in _tokens the next known token goes
+        self._base = self.numbers * max_length
+        self._next = self._base.copy()  # where in _tokens the next known token goes
         self._end = self._next.copy()  # the same of `limit`
         self.settled = np.zeros(num_rows, np.int32)
         self.serial = np.full(num_rows, -1, np.int64)
@@ -173,6 +174,12 @@ class Rows:
         if self.bound or self.stops:
             self._receive_special(self.numbers[rows], tokens, ends)
         return ends
+
+    def newest(self, rows: Picked) -> np.ndarray:
+        """Position of the newest known token of each row; int64."""
+        positions: np.ndarray = self._next[rows] - self._base[rows]
+        positions -= 1
+        return positions
 
     def _receive_special(self, rows: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> None:
         """What `receive` does for rows with stop ids of their own or a need of their last token here."""

@@ -16,18 +16,20 @@ Source: the note in vLLM `v1/core/sched/scheduler.py::Scheduler.schedule` for th
 
 import heapq
 from collections import deque
+from collections.abc import Sequence as PySequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.core import prefix
-from engine.core.blocks import BlockPool
-from engine.core.events import Ended, Event
+from engine.core.blocks import BlockPool, Content
+from engine.core.events import Computed, Ended, Event, Seated
 from engine.core.plan import BLOCK, Load, StepPlan, StepResult
 from engine.core.request import Request
+from engine.core.reservations import Reservations
 from engine.core.rows import NOBODY, Cohort, Picked, Rows
-from engine.core.sequence import Sequence, State, sequences
+from engine.core.sequence import Part, Sequence, State, sequences
 from engine.core.settle import settle
 from engine.errors import DeadlineExceeded, DeviceError, SeracError
 
@@ -96,6 +98,7 @@ class Scheduler:
         assert shape.max_tokens >= shape.max_rows
         self.shape, self._root = shape, root
         self.pool = BlockPool(shape.num_blocks)
+        self.reserved = Reservations(self.pool)
         self.rows = Rows(shape.max_rows, shape.max_length, shape.block_size, shape.vocab, shape.eos_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}  # by serial, oldest admission first
@@ -113,16 +116,44 @@ class Scheduler:
 
     # -- what the outside asks ------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, seed: int) -> list[Sequence]:
-        """Queue a request that `check_request` has passed: a sequence a choice. `seed` serves it if it has none."""
+    def submit(self, request: Request, seed: int, parts: PySequence[Part] = ()) -> list[Sequence]:
+        """Queue a request that `check_request` has passed: a sequence a choice. `seed` serves it if it has none.
+
+        parts   which choices, under which serials, never used before here; all, numbered by this lane, if empty
+        """
+        if not parts:
+            parts = [Part(self._serial + choice, choice) for choice in range(request.sampling.n)]
+            self._serial += len(parts)
         parent = prefix.start(self._root, request.adapter, request.salt)
-        group = sequences(request, self._serial, seed, self.shape.max_length, self.shape.eos_ids, parent)
-        self._serial += len(group)
+        group = sequences(request, parts, seed, self.shape.max_length, self.shape.eos_ids, parent)
         for sequence in group:
             self.live[sequence.serial] = sequence
             if request.deadline_at is not None:
                 heapq.heappush(self._deadlines, (request.deadline_at, sequence.serial))
         self.waiting.append(group[0])
+        return group
+
+    def prefill(self, request: Request, serial: int) -> Sequence:
+        """Queue a sequence that computes the KV of all but the last token of its prompt, then rests with it."""
+        (sequence,) = self.submit(request, 0, (Part(serial),))
+        sequence.rests = True
+        return sequence
+
+    def chain(self, request: Request, tokens: PySequence[int]) -> list[Content]:
+        """What the full blocks before the last of `tokens` hold, for a request's adapter and salt."""
+        parent = prefix.start(self._root, request.adapter, request.salt)
+        return prefix.extend(parent, (), np.array(tokens[:-1], np.int32), self.shape.block_size)
+
+    def adopt(
+        self, request: Request, seed: int, parts: PySequence[Part], blocks: list[int], computed: int
+    ) -> list[Sequence]:
+        """`submit`, with the KV of the leader's first `computed` positions already in `blocks`, now its own."""
+        group = self.submit(request, seed, parts)
+        leader = group[0]
+        leader.blocks, leader.computed = blocks, computed
+        self.waiting.remove(leader)
+        self.waiting.appendleft(leader)
+        self.publish(leader, blocks, computed)
         return group
 
     def cancel(self, sequence: Sequence, reason: str = "abort", error: SeracError | None = None) -> bool:
@@ -194,6 +225,8 @@ class Scheduler:
             newcomer = self._next()
             if newcomer is None or not self._seat(newcomer):
                 break
+            if newcomer.state is State.RESTING:
+                continue
             table = self.rows.table[newcomer.row, : self.rows.num_blocks[newcomer.row]].copy()
             draft.loads.append(Load(newcomer.row, newcomer.tokens, table, newcomer.draw))
             self._chunk(newcomer, draft)
@@ -206,44 +239,53 @@ class Scheduler:
 
     def _seat(self, sequence: Sequence) -> bool:
         """Seat a waiting sequence with blocks for all it knows, shared ones first; False if the pool cannot."""
-        size, length = self.shape.block_size, len(sequence.tokens)
-        shared: list[int] = []
-        if self.shape.prefix_cache and not sequence.scores:
+        size, length = self.shape.block_size, len(sequence.tokens) - sequence.rests
+        blocks, computed = sequence.blocks, sequence.computed
+        if not blocks and self.shape.prefix_cache and not sequence.scores:
             sequence.chain = prefix.extend(sequence.parent, sequence.chain, sequence.tokens, size)
-            shared = self.pool.share(sequence.chain[: (length - 1) // size])
-        missing = -(-length // size) - len(shared)
+            blocks = self.pool.share(sequence.chain[: (len(sequence.tokens) - 1) // size])
+            computed = len(blocks) * size
+        missing = -(-length // size) - len(blocks)
         if missing > self.pool.available:
-            self.pool.drop(shared)
+            if not sequence.blocks:
+                self.pool.drop(blocks)
             return False
         self.waiting.remove(sequence)
-        computed = len(shared) * size
         if sequence.seated_at is None:
-            sequence.seated_at, sequence.cached = self._now, min(computed, sequence.prompt_length)
+            sequence.seated_at = self._now
+            sequence.cached = 0 if sequence.blocks else min(computed, sequence.prompt_length)
             self.prompt_tokens += sequence.prompt_length
             self.cached_tokens += sequence.cached
-        self.rows.seat(sequence, shared + self.pool.take(missing), computed)
+            self.events.append(Seated(sequence, self._now))
+        sequence.blocks, sequence.computed = [], 0
+        if sequence.rests and computed == length:
+            sequence.blocks, sequence.state = blocks, State.RESTING
+            self.events.append(Computed(sequence, computed))
+            return True
+        self.rows.seat(sequence, blocks + self.pool.take(missing), computed)
         self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence
         return True
 
     def _chunk(self, sequence: Sequence, draft: Draft) -> None:
         """Plan the next chunk of a prefilling sequence, if the draft has tokens and points for one."""
         table, row = self.rows, sequence.row
-        start, length = int(table.computed[row]), table.known(row)
+        start, length = int(table.computed[row]), table.known(row) - sequence.rests
         count = min(length - start, draft.tokens_left)
         if sequence.scores:
             count = min(count, max(sequence.scored - start, 0) + draft.points_left)
-        last = start + count == length
-        if count <= 0 or sequence.held or (last and draft.points_left <= 0):
+        last, draws = start + count == length, start + count == length and not sequence.rests
+        if count <= 0 or sequence.held or (draws and draft.points_left <= 0):
             return
-        score = max(start + count - max(start, sequence.scored) - last, 0) if sequence.scores else 0
+        score = max(start + count - max(start, sequence.scored) - draws, 0) if sequence.scores else 0
         table.computed[row] += count
         if last:
             del self.prefilling[sequence.serial]
+        if draws:
             table.open(row)
-        draft.chunks.append(Chunk(sequence, start, count, score, int(last), draft.num_points))
+        draft.chunks.append(Chunk(sequence, start, count, score, int(draws), draft.num_points))
         draft.tokens_left -= count
-        draft.points_left -= score + last
-        draft.num_points += score + last
+        draft.points_left -= score + draws
+        draft.num_points += score + draws
 
     def _launch(self, cohort: Cohort, lines: np.ndarray, draft: Draft) -> StepPlan:
         """Write the plan down and remember it as in flight."""
@@ -304,6 +346,12 @@ class Scheduler:
         else:
             self.pool.drop(blocks)
 
+    def rest(self, sequence: Sequence) -> None:
+        """All that a prefilling sequence was to compute is settled: it leaves its row and keeps its blocks."""
+        sequence.blocks, _ = self.rows.leave(sequence)
+        self.running.pop(sequence.serial)
+        sequence.state = State.RESTING
+
     def _preempt(self, sequence: Sequence) -> None:
         assert not self.flights, "a sequence is preempted only when all it drew is known"
         self._release(sequence)
@@ -325,6 +373,8 @@ class Scheduler:
             self._release(sequence, publish=reason != "error")
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+        self.pool.drop(sequence.blocks)
+        sequence.blocks = []
         if sequence in self.suspects:
             self.suspects.remove(sequence)
         sequence.state = State.ENDED
@@ -357,6 +407,12 @@ class Scheduler:
             sequence.state = State.WAITING
             self.waiting.appendleft(sequence)
         self.pool = BlockPool(self.shape.num_blocks)
+        self.reserved = Reservations(self.pool)
+        for sequence in self.live.values():
+            if sequence.state is State.RESTING:
+                sequence.state = State.WAITING
+                self.waiting.append(sequence)
+            sequence.blocks, sequence.computed = [], 0
         if trial:
             for sequence in culprits:
                 self._end(sequence, "error", error=DeviceError(message))
@@ -366,7 +422,8 @@ class Scheduler:
     def check(self) -> None:
         """Assert that rows, blocks, queues and states agree. O(everything); for tests and idle moments."""
         self.rows.check(len(self.flights))
-        holds = [block for _, blocks in self.limbo for block in blocks]
+        holds = [block for _, blocks in self.limbo for block in blocks] + self.reserved.blocks
+        holds += [block for sequence in self.live.values() for block in sequence.blocks]
         for sequence in self.running.values():
             holds += self.rows.table[sequence.row, : self.rows.num_blocks[sequence.row]].tolist()
         self.pool.check(holds)

@@ -3,13 +3,18 @@
     WAITING --admit--> RUNNING --end--> ENDED
        ^                  |              n > 1: the first sequence leads; the others wait in `followers` until its
        +----preempt-------+              prompt is published, then find the prompt's blocks in the prefix cache.
+                          |
+                          +--prompt computed--> RESTING     one that only prefills: it holds blocks, but no row
 
 While a sequence runs, the lane's row holds its tokens (engine/core/rows.py); `tokens` is brought up to date when it
-leaves the row.
+leaves the row. Sampling is a function of seed, choice and position, so a sequence goes on anywhere from the tokens
+it has drawn (`Part.emitted`).
 """
 
+from collections.abc import Sequence as PySequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +29,16 @@ class State(Enum):
     FOLLOWING = "following"
     WAITING = "waiting"
     RUNNING = "running"
+    RESTING = "resting"
     ENDED = "ended"
+
+
+class Part(NamedTuple):
+    """One choice of a request to serve: its serial, and the tokens it has drawn elsewhere."""
+
+    serial: int
+    choice: int = 0
+    emitted: tuple[int, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +56,9 @@ class Sequence:
     chain: list[Content] = field(default_factory=list)
     state: State = State.WAITING
     row: int = -1
+    blocks: list[int] = field(default_factory=list)  # held without a row: moved here before it starts, or RESTING
+    computed: int = 0  # positions whose KV is in `blocks`
+    rests: bool = False  # it only prefills, all but its last token
     cached: int = 0  # prompt tokens found by prefix when first admitted
     seated_at: float | None = None  # when it first took a row, in seconds of the scheduler's clock
     scored: int = 0  # prompt tokens whose log-probability was reported
@@ -63,15 +80,20 @@ class Sequence:
 
 
 def sequences(
-    request: Request, first_serial: int, seed: int, context: int, eos_ids: tuple[int, ...], parent: bytes
+    request: Request,
+    parts: PySequence[Part],
+    seed: int,
+    context: int,
+    eos_ids: tuple[int, ...],
+    parent: bytes,
 ) -> list[Sequence]:
-    """The `n` sequences of `request`, leader first, its followers listed. `seed` serves a request without one."""
+    """The sequences of `parts` of `request`, leader first, its followers listed. `seed` serves one without."""
     sampling, stopping, prompt = request.sampling, request.stopping, len(request.prompt_ids)
     limit = context if stopping.max_tokens is None else prompt + stopping.max_tokens
     stop_ids = frozenset(stopping.stop_token_ids) | (frozenset() if stopping.ignore_eos else frozenset(eos_ids))
-    tokens = np.array(request.prompt_ids, np.int32)
     group = []
-    for choice in range(sampling.n):
+    for serial, choice, emitted in parts:
+        tokens = np.array(request.prompt_ids + emitted, np.int32)
         draw = Draw(
             seed=seed if sampling.seed is None else sampling.seed,
             choice=choice,
@@ -88,7 +110,7 @@ def sequences(
             stop_ids=tuple(sorted(stop_ids)),
             logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
         )
-        group.append(Sequence(first_serial + choice, request, choice, draw, limit, tokens, parent, stop_ids))
+        group.append(Sequence(serial, request, choice, draw, limit, tokens, parent, stop_ids))
     group[0].followers = group[1:]
     for sequence in group[1:]:
         sequence.state = State.FOLLOWING

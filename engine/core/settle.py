@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.core.events import Emission, Scored
+from engine.core.events import Computed, Emission, Scored
 from engine.core.plan import StepResult
 from engine.core.rows import Picked
 from engine.core.sequence import Sequence
@@ -43,6 +43,10 @@ def _settle_chunk(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) ->
     scheduler.publish(sequence, blocks, chunk.end)
     if chunk.end >= sequence.prompt_length:
         scheduler.wake(sequence)
+    if sequence.rests:
+        scheduler.events.append(Computed(sequence, chunk.end))
+        if chunk.end == len(sequence.tokens) - 1:
+            scheduler.rest(sequence)
 
 
 def _settle_scores(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) -> bool:
@@ -81,7 +85,7 @@ def _settle_draws(
         rows, serials, tokens = table.numbers[rows][finite], serials[finite], tokens[finite]
         points = np.arange(len(result.tokens))[points][finite]
     ends = table.receive(rows, tokens)
-    scheduler.events.append(_emission(result, serials, tokens, points))
+    scheduler.events.append(_emission(result, serials, tokens, table.newest(rows), points))
     if ends.any():
         _end_drawn(scheduler, table.numbers[rows][ends].tolist(), tokens[ends].tolist())
     if scheduler.suspects:
@@ -100,13 +104,16 @@ def _end_drawn(scheduler: "Scheduler", rows: list[int], tokens: list[int]) -> No
                 scheduler.end(sequence, "length")
 
 
-def _emission(result: StepResult, serials: np.ndarray, tokens: np.ndarray, points: Picked) -> Emission:
+def _emission(
+    result: StepResult, serials: np.ndarray, tokens: np.ndarray, positions: np.ndarray, points: Picked
+) -> Emission:
     if result.logprob is None:
-        return Emission(serials, tokens)
+        return Emission(serials, tokens, positions)
     assert result.rank is not None and result.top_ids is not None and result.top_logprobs is not None
     return Emission(
         serials,
         tokens,
+        positions,
         result.logprob[points],
         result.rank[points],
         result.top_ids[points],

@@ -4,7 +4,7 @@ from engine.core import prefix
 from engine.core.plan import COUNT, DRAW, ROW, START
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.rows import Rows
-from engine.core.sequence import sequences
+from engine.core.sequence import Part, sequences
 
 EOS = 99
 
@@ -17,7 +17,7 @@ def seated(rows, serial, length=5, max_tokens=20, **stopping):
     """A sequence in a row, its prompt computed, ready to decode."""
     request = Request(str(serial), tuple(range(1, length + 1)), Sampling(), Stopping(max_tokens, **stopping))
     parent = prefix.start(prefix.root("test"), "", b"")
-    sequence = sequences(request, serial, 0, 32, (EOS,), parent)[0]
+    sequence = sequences(request, (Part(serial),), 0, 32, (EOS,), parent)[0]
     row = rows.seat(sequence, list(range(1, 3 + length // 4)), length)
     rows.open(row)
     return sequence

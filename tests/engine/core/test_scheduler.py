@@ -74,7 +74,7 @@ class Lane:
                     self.got[serial].append(token)
             elif isinstance(event, Scored):
                 self.scored.append(event)
-            else:
+            elif isinstance(event, Ended):
                 assert event.sequence.serial not in self.ended, "two terminals"
                 self.ended[event.sequence.serial] = event
 
