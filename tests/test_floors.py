@@ -25,13 +25,16 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.core": {"engine.errors", "engine.clock", "numpy"},
     "engine.text": {"engine.errors", "engine.clock", "tokenizers", "jinja2", "llguidance"},
     "engine.observe": {"engine.errors", "engine.clock", "prometheus_client"},
+    "engine.observe.plan_bytes": {"engine.errors", "engine.core.plan", "msgpack", "numpy"},
+    "engine.observe.plan_log": {"engine.errors", "engine.core.plan", "engine.observe", "msgpack", "numpy"},
+    "engine.observe.plan_writer": {"engine.errors", "engine.core.plan", "engine.observe", "numpy"},
     "pallas_kernels": {"jax", "numpy"},
     "sharding": {"jax", "numpy"},
     "engine.models": OPEN | {"pallas_kernels", "sharding", "jax", "flax", "numpy"},
     "engine.weights": OPEN | STORES | {"engine.models", "engine.embedded", "sharding", "jax", "numpy"},
     "engine.runner": OPEN | DEVICE | {"engine.core.plan", "msgpack"},
     "engine.planning": OPEN | DEVICE | {"engine.runner"},
-    "engine.movers": OPEN | {"engine.core.handoff", "numpy", "grpc", "msgpack"},
+    "engine.movers": OPEN | {"engine.core.handoff", "numpy", "grpc", "msgpack", "xxhash"},
     "engine.movers.local": OPEN | {"engine.core.handoff", "engine.movers", "numpy", "jax"},
     "engine.replica": OPEN | {"engine.core", "engine.text", "engine.movers", "numpy", "msgpack"},
     "engine.replica.build": OPEN | DEVICE | BUILT,
@@ -45,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
 QUICK = {
     f"engine.{part}" for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk")
 }
-ANYTHING = QUICK | {"engine.launch", "engine.plan_report", "engine.llm", "bench"}  # the top floor
+ANYTHING = QUICK | {"engine.launch", "engine.plan_report", "engine.replay_report", "engine.llm", "bench"}  # the top floor
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")

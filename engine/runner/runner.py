@@ -3,6 +3,7 @@
     warm_up   compiles every program of the lane, runs each once, and counts what is compiled afterwards
     launch    loads new rows, dispatches one step, returns at once; nothing has changed if it raises before dispatch
     collect   waits for the oldest step in flight
+    gather    reads blocks, scatter writes them, both in order with steps (engine/runner/moves.py)
     reset     makes the device state anew, after a step that raised
 
 Costs of the host a step: one packed integer array, one dispatch, one copy back (engine/runner/step.py).
@@ -10,7 +11,7 @@ Costs of the host a step: one packed integer array, one dispatch, one copy back 
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +23,7 @@ from engine.errors import DeviceError
 from engine.models.config import ModelConfig
 from engine.runner.buckets import Bucket, fitting
 from engine.runner.compiles import CompileCounter
+from engine.runner.moves import MovePrograms, Staged
 from engine.runner.state import (
     LOAD_ROWS,
     STATE,
@@ -62,10 +64,14 @@ class Program:
 
 
 class Runner:
-    """Runs the steps of one lane. Not thread-safe: one thread calls it."""
+    """Runs the steps of one lane. Not thread-safe: one thread calls it.
 
-    def __init__(self, model: Model, sizes: Sizes, choices: tuple[Bucket, ...]):
+    move_sizes  the numbers of blocks that move at once, smallest first; empty for a lane that moves none
+    """
+
+    def __init__(self, model: Model, sizes: Sizes, choices: tuple[Bucket, ...], move_sizes: tuple[int, ...] = ()):
         self.model, self.sizes, self.buckets = model, sizes, choices
+        self.moves = MovePrograms(model.mesh, model.config.num_layers, sizes.num_blocks, move_sizes)
         self.compiles = CompileCounter()
         self.programs: dict[Bucket, Program] = {}
         self._loads: dict[int, Callable] = {}
@@ -82,13 +88,16 @@ class Runner:
     def warm_up(self, progress: Progress = lambda *_: None) -> None:
         """Compile and run every program once; from now on compilations are counted as late."""
         lengths = load_lengths(self.sizes.max_length)
-        total = len(self.buckets) + len(lengths)
+        total = len(self.buckets) + len(lengths) + len(self.moves.sizes)
         for done, length in enumerate(lengths):
             progress(f"load {length}", done, total)
             self._loads[length] = self._compile_load(length)
+        for done, size in enumerate(self.moves.sizes, len(lengths)):
+            progress(f"move {size}", done, total)
+            self._keep(self.moves.compile(size, self._pools))
         specs = jax.tree.map(lambda w: w.sharding.spec, self.model.weights)
         build = step_program(self.model.config, self.sizes, self.model.mesh, specs, self.model.numerics)
-        for done, bucket in enumerate(self.buckets, len(lengths)):
+        for done, bucket in enumerate(self.buckets, total - len(self.buckets)):
             progress(str(bucket), done, total)
             self.programs[bucket] = self._compile_step(build, bucket)
         jax.block_until_ready(self.state)
@@ -116,6 +125,25 @@ class Runner:
         except jax.errors.JaxRuntimeError as error:
             raise DeviceError(f"device: step {plan.step} failed: {type(error).__name__}") from error
         return read_result(plan.step, packed, plan.num_points)
+
+    def gather(self, blocks: Sequence[int]) -> Staged:
+        """The content of `blocks` after every step launched so far, padded; at most the largest size that moves."""
+        return self.moves.gather(self._pools, blocks)
+
+    def scatter(self, blocks: Sequence[int], staged: Staged) -> None:
+        """Write the first blocks of `staged` to `blocks`, before any step launched from now on.
+
+        staged  on this lane's mesh and arrived without error, which would cost the pools; or numpy arrays of just
+                these blocks, which are given away: nobody may write to them afterwards
+        """
+        self._keep(self.moves.scatter(self._pools, blocks, staged))
+
+    @property
+    def _pools(self) -> tuple[jax.Array, jax.Array]:
+        return self.state.k_PKCH, self.state.v_PKCH
+
+    def _keep(self, pools: tuple[jax.Array, jax.Array]) -> None:
+        self.state = self.state._replace(k_PKCH=pools[0], v_PKCH=pools[1])
 
     def _load(self, plan: StepPlan) -> None:
         pending = sorted(plan.loads, key=lambda load: len(load.tokens))

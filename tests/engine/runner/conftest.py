@@ -95,15 +95,17 @@ class HandLane:
 
 @pytest.fixture(scope="session")
 def make_runner():
-    """`make_runner(tp, numerics, dtype)`: a warm runner of the tiny model, made once in a run."""
+    """`make_runner(tp, numerics, dtype)`: a warm runner of the tiny model on devices from `first` on, made once."""
     made = {}
 
-    def make(tp: int = 1, numerics: str = "invariant", dtype=np.float32, choices=CHOICES) -> Runner:
-        key = (tp, numerics, np.dtype(dtype).name, choices)
+    def make(
+        tp: int = 1, numerics: str = "invariant", dtype=np.float32, choices=CHOICES, move_sizes=(), first=0
+    ) -> Runner:
+        key = (tp, numerics, np.dtype(dtype).name, choices, move_sizes, first)
         if key not in made:
-            mesh = lane_meshes(MeshSpec(tp=tp), CONFIG.heads, CONFIG.kv_heads, jax.devices())[0]
+            mesh = lane_meshes(MeshSpec(tp=tp), CONFIG.heads, CONFIG.kv_heads, jax.devices()[first:])[0]
             weights = random_weights(CONFIG, mesh, np.dtype(dtype), seed=3)
-            made[key] = Runner(Model(CONFIG, weights, mesh, np.dtype(dtype), numerics), SIZES, choices)
+            made[key] = Runner(Model(CONFIG, weights, mesh, np.dtype(dtype), numerics), SIZES, choices, move_sizes)
             made[key].warm_up()
         return made[key]
 

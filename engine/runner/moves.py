@@ -1,0 +1,185 @@
+"""Blocks out of a lane's pools and into them, in order with its steps: what a move does on the device.
+
+    pools [L*P, K, C, H] --gather(blocks)--> Staged [K, L, n, C, H] --(a mover)--> Staged --scatter(blocks)--> pools
+
+Heads come first in Staged, so that the heads of one shard, or any part of them, are one contiguous piece. n is one
+of a few sizes; a shorter list is padded with block 0, the sink: read for nothing, and written with anything. Each
+size is two programs. Both dispatch and return: a gather reads what the steps before it wrote, and the steps behind
+a scatter see its blocks.
+
+Cost on a CPU: a gather about a copy of what it moves, a scatter less; no temporaries that grow with the pools. One
+array of a piece is held to PIECE_BYTES a device: past 32 MiB an allocator hands memory back to the system each
+time, and every page of it faults anew, which makes a copy three to five times slower.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.runner.buckets import ladder
+from engine.runner.state import POOL
+from pallas_kernels.dispatch import platform_of
+
+MOST_SIZES = 4  # two programs each
+MOST_BLOCKS = 64
+PIECE_BYTES = 16 << 20
+HEADS = PartitionSpec("kv", None, None, None, None)
+
+
+class Staged(NamedTuple):
+    """Keys and values of n blocks on the way; jax arrays split over K on axis kv, or numpy arrays on the host."""
+
+    keys_KLnCH: jax.Array | np.ndarray
+    values_KLnCH: jax.Array | np.ndarray
+
+
+def move_sizes(block_bytes: int, usable_blocks: int) -> tuple[int, ...]:
+    """The numbers of blocks that lanes which move blocks among them compile programs for, smallest first.
+
+    block_bytes    keys of one block on one device, in the lane where that is most
+    usable_blocks  of the smallest pool
+    """
+    return ladder(1, max(min(MOST_BLOCKS, PIECE_BYTES // block_bytes, usable_blocks), 1), MOST_SIZES)
+
+
+def cut(blocks: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:
+    """`blocks` in pieces that `sizes` hold: padded where that at most doubles a piece, else full."""
+    start = 0
+    while start < len(blocks):
+        left = len(blocks) - start
+        padded = [size for size in sizes if left <= size <= 2 * left]
+        take = left if padded else max(size for size in sizes if size <= left)
+        yield blocks[start : start + take]
+        start += take
+
+
+def place(staged: Staged, mesh: Mesh, size: int) -> Staged:
+    """Host arrays on the devices of `mesh`, padded to `size` blocks; every device gets its own heads, no others.
+
+    The arrays are given away: on a CPU the devices may read the same memory, whenever they come to it. They are
+    made read-only here.
+    """
+    kv = mesh.shape["kv"]
+    sharding = NamedSharding(mesh, HEADS)
+
+    def placed(array_KLnCH: np.ndarray) -> jax.Array:
+        array_KLnCH.setflags(write=False)
+        parts = [_padded(part, size) for part in np.split(array_KLnCH, kv)]
+        shards = [jax.device_put(parts[k], device) for k, devices in enumerate(mesh.devices) for device in devices]
+        whole = (array_KLnCH.shape[0], *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(whole, sharding, shards)
+
+    return Staged(*map(placed, staged))
+
+
+class MovePrograms:
+    """The compiled gathers and scatters of one lane's pools."""
+
+    def __init__(self, mesh: Mesh, num_layers: int, num_blocks: int, sizes: tuple[int, ...]):
+        self.mesh, self.num_layers, self.num_blocks, self.sizes = mesh, num_layers, num_blocks, sizes
+        self.gathers: dict[int, Callable] = {}
+        self.scatters: dict[int, Callable] = {}
+
+    def compile(self, size: int, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Compile both programs of `size` and run them once; the pools afterwards, equal but for their sinks."""
+        sinks = np.zeros(size, np.int32)
+        gather, scatter = gather_program(self.mesh, self.num_layers), scatter_program(self.mesh, self.num_layers)
+        self.gathers[size] = gather.lower(*pools, sinks).compile()
+        staged = self.gathers[size](*pools, sinks)
+        self.scatters[size] = scatter.lower(*pools, *staged, sinks).compile()
+        return self.scatters[size](*pools, *staged, sinks)
+
+    def gather(self, pools: tuple[jax.Array, jax.Array], blocks: Sequence[int]) -> Staged:
+        """The content of `blocks`, first blocks of the smallest size that holds them."""
+        size = self._size(len(blocks))
+        return Staged(*self.gathers[size](*pools, self._numbers(blocks, size)))
+
+    def scatter(
+        self, pools: tuple[jax.Array, jax.Array], blocks: Sequence[int], staged: Staged
+    ) -> tuple[jax.Array, jax.Array]:
+        """The pools with `staged` in `blocks`; the old ones are donated."""
+        if isinstance(staged.keys_KLnCH, np.ndarray):
+            staged = place(staged, self.mesh, self._size(len(blocks)))
+        size = staged.keys_KLnCH.shape[2]
+        return self.scatters[size](*pools, *staged, self._numbers(blocks, size))
+
+    def _size(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
+
+    def _numbers(self, blocks: Sequence[int], size: int) -> np.ndarray:
+        """int32 [size]. XLA clamps a gather and drops a scatter out of range: neither may come to that."""
+        numbers = np.zeros(size, np.int32)
+        numbers[: len(blocks)] = blocks
+        assert all(0 < block < self.num_blocks for block in blocks), f"blocks of a move: got {list(blocks)!r:.64}"
+        return numbers
+
+
+def gather_program(mesh: Mesh, num_layers: int) -> Callable:
+    """A jitted (k_PKCH, v_PKCH, blocks_n) -> (keys_KLnCH, values_KLnCH)."""
+
+    def local(k_PKCH, v_PKCH, blocks_n):
+        return tuple(_gather_local(pool_PKCH, blocks_n, num_layers) for pool_PKCH in (k_PKCH, v_PKCH))
+
+    specs = (POOL, POOL, PartitionSpec())
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(HEADS, HEADS), check_vma=False))
+
+
+def scatter_program(mesh: Mesh, num_layers: int) -> Callable:
+    """A jitted (k_PKCH, v_PKCH, keys_KLnCH, values_KLnCH, blocks_n) -> (k_PKCH, v_PKCH); the pools are donated."""
+    write = _scatter_looping_local if platform_of(mesh.devices.flat[0]) == "cpu" else _scatter_local
+
+    def local(k_PKCH, v_PKCH, keys_KLnCH, values_KLnCH, blocks_n):
+        return write(k_PKCH, keys_KLnCH, blocks_n), write(v_PKCH, values_KLnCH, blocks_n)
+
+    specs = (POOL, POOL, HEADS, HEADS, PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(POOL, POOL), check_vma=False)
+    return jax.jit(mapped, donate_argnums=(0, 1))
+
+
+def _places(blocks_n: jax.Array, pool_PKCH: jax.Array, num_layers: int) -> jax.Array:
+    """Where each tile of `blocks_n` stands among all tiles of the pool, in the order of Staged: [K * L * n]."""
+    lines, heads = pool_PKCH.shape[:2]
+    line_Ln = lines // num_layers * jnp.arange(num_layers)[:, None] + blocks_n
+    return (heads * line_Ln + jnp.arange(heads)[:, None, None]).reshape(-1)
+
+
+def _gather_local(pool_PKCH: jax.Array, blocks_n: jax.Array, num_layers: int) -> jax.Array:
+    heads, *tile = pool_PKCH.shape[1:]
+    tiles = pool_PKCH.reshape(-1, *tile).at[_places(blocks_n, pool_PKCH, num_layers)].get(mode="promise_in_bounds")
+    return tiles.reshape(heads, num_layers, -1, *tile)
+
+
+def _scatter_local(pool_PKCH: jax.Array, staged_KLnCH: jax.Array, blocks_n: jax.Array) -> jax.Array:
+    tile = pool_PKCH.shape[2:]
+    places = _places(blocks_n, pool_PKCH, staged_KLnCH.shape[1])
+    pool = pool_PKCH.reshape(-1, *tile).at[places].set(staged_KLnCH.reshape(-1, *tile), mode="promise_in_bounds")
+    return pool.reshape(pool_PKCH.shape)
+
+
+def _scatter_looping_local(pool_PKCH: jax.Array, staged_KLnCH: jax.Array, blocks_n: jax.Array) -> jax.Array:
+    """The same, a block of a layer at a time: XLA's scatter on a CPU first copies what it writes."""
+    heads, layers, count, *tile = staged_KLnCH.shape
+    num_blocks = pool_PKCH.shape[0] // layers
+    staged_KnCH = staged_KLnCH.reshape(heads, -1, *tile)
+
+    def write(i, pool_PKCH):
+        block_KCH = lax.dynamic_slice_in_dim(staged_KnCH, i, 1, axis=1).reshape(1, heads, *tile)
+        line = i // count * num_blocks + blocks_n[i % count]
+        return lax.dynamic_update_slice_in_dim(pool_PKCH, block_KCH, line, axis=0)
+
+    return lax.fori_loop(0, layers * count, write, pool_PKCH)
+
+
+def _padded(array_KLnCH: np.ndarray, size: int) -> np.ndarray:
+    """With `size` blocks; what fills the place of the others is arbitrary."""
+    heads, layers, count, *tile = array_KLnCH.shape
+    if count == size:
+        return array_KLnCH
+    whole = np.empty((heads, layers, size, *tile), array_KLnCH.dtype)
+    whole[:, :, :count] = array_KLnCH
+    return whole
