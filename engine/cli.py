@@ -1,6 +1,6 @@
 """The command `serac`: one function a verb, each calling into a module that is imported only then.
 
-    serac serve | generate | chat | plan | convert | bench | demo | version
+    serac serve | generate | chat | plan | convert | replay | bench | demo | version
 
 A mistake is answered in one line, `serac: error: FIELD: got X; expected Y`, with the exit code of its error. The
 command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts itself anew with them, and says so.
@@ -138,6 +138,30 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_replay(parser: Parser) -> None:
+    """The log, and what shall be other than it was."""
+    parser.add_argument("log", metavar="FILE", type=Path, help="a lane's file in the folder of --plan-log")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="where the model is now; default: as logged")
+    for name in ("mesh", "numerics", "device"):
+        row = config.ROWS[name]
+        default = "auto" if name == "device" else "as logged"
+        parser.add_argument(row.flag, metavar=row.kind.metavar, help=f"{row.help} (default {default})")
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Run the steps of a plan log again and compare their results; 0 where all are equal, else 1."""
+    from engine.observe.plan_log import PlanLog
+
+    log = PlanLog(options.log)
+    given = {name: getattr(options, name) for name in ("model", "mesh", "numerics", "device")}
+    logged = {name: getattr(log.header, name) for name in ("model", "mesh", "numerics", "dtype")}
+    settings = config.settle(logged | {name: text for name, text in given.items() if text is not None}, {})
+    start_anew(settings)
+    from engine import replay_report
+
+    return replay_report.run(log, settings, sys.stdout)
+
+
 def bench(options: argparse.Namespace) -> int:
     """Run a measurement of the suite; the same as `python -m bench`."""
     from bench.__main__ import main as run_bench
@@ -178,6 +202,7 @@ VERBS = (
     Verb("chat", "talk with a running server", add_chat, chat),
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
     Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),
+    Verb("replay", "run a plan log again and compare its results", add_replay, replay),
     Verb("bench", "measure: the same as python -m bench", add_nothing, bench),
     Verb("demo", "serve the embedded model on this machine and ask it", add_nothing, demo),
     Verb("version", "print versions", add_nothing, show_version),

@@ -142,6 +142,10 @@ class Settings:
     compile_cache: Path | None = row(
         None, PATH, "folder of compiled programs, mode 0700; default: in the user's cache"
     )
+    plan_log: Path | None = row(
+        None, PATH, "folder, mode 0700, of logs for serac replay; they hold all prompts as token ids; default: none"
+    )
+    plan_log_size: int = row(2**30, BYTES, "most bytes of the plan log of a lane; it stops there")
     host: str = row("127.0.0.1", TEXT, "address of the gRPC listener")
     port: int = row(50051, PORT, "its port")
     admin_host: str = row("127.0.0.1", TEXT, "address of the admin listener")

@@ -2,6 +2,7 @@
 
     SeracError                      bug or unexpected state         INTERNAL            500  exit 1
       InvalidArgument               the request is wrong            INVALID_ARGUMENT    400
+        Malformed                   bytes unlike their schema       INVALID_ARGUMENT    400  exit 2
       NotFound                      no such model, adapter, stream  NOT_FOUND           404
       AlreadyExists                 a request id that still runs    ALREADY_EXISTS      409
       Cancelled                     the client or operator left     CANCELLED           499
@@ -43,6 +44,10 @@ class InvalidArgument(SeracError):
     """The request itself is wrong; sending it again unchanged cannot help."""
 
     grpc, http, exit_code = "INVALID_ARGUMENT", 400, 2
+
+
+class Malformed(InvalidArgument):
+    """Bytes of a file or a peer are not what their schema says."""
 
 
 class NotFound(SeracError):

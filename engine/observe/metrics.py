@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 OUTCOMES = ("stop", "length", "abort", "deadline", "error", "refused")
+LOG_STOPS = ("disk", "queue", "size", "record")
 STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 FIRST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 REQUEST_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -45,6 +46,7 @@ ROWS = (
     Row("inter_token_latency_seconds", "histogram", "Between two tokens of a sequence.", bounds=STEP_BOUNDS),
     Row("request_seconds", "histogram", "From admission to the end of a request.", bounds=REQUEST_BOUNDS),
     Row("compilations_after_ready", "counter", "Programs compiled after the engine was ready; 0 is right."),
+    Row("plan_logs_stopped", "counter", "Plan logs that ended before their lane, by cause.", "cause", LOG_STOPS),
     Row("preemptions", "counter", "Sequences that gave their blocks back and are computed again."),
     Row("prefix_queries", "counter", "Prompts looked up in the prefix cache."),
     Row("prefix_hits", "counter", "Prompts of which the prefix cache held a part."),

@@ -5,6 +5,7 @@
 Everything that can be refused is refused before weights are read, and weights before programs are compiled.
 """
 
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable
@@ -23,8 +24,12 @@ from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import ConfigError, wrong
 from engine.models.config import ModelConfig, from_hf
 from engine.observe.metrics import Metrics
+from engine.observe.plan_log import Header
+from engine.observe.plan_writer import open_log
 from engine.planning import Choice, Device, decide
+from engine.replica.lane import Device as LaneDevice
 from engine.replica.lane import Lane
+from engine.replica.recorded import Recorded
 from engine.replica.replica import ModelInfo, Replica
 from engine.runner.buckets import COARSE, FINE, buckets
 from engine.runner.runner import Model, Runner
@@ -57,7 +62,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     made = Replica(
         info, text, limits, clock or SystemClock(), Metrics(CollectorRegistry()), max_open=settings.max_calls
     )
-    runners = [_runner(settings, folder, config, choice, mesh, progress) for mesh in meshes]
+    runners = [make_runner(settings, folder, config, choice, mesh, progress) for mesh in meshes]
     root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
     for index, runner in enumerate(runners):
         shape = LaneShape(
@@ -71,8 +76,10 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
             settings.prefix_cache,
         )
         scheduler = Scheduler(shape, root)
+        header = plan_header(str(index), settings.model, folder, config, choice, runner.model.mesh)
+        device = recorded(settings, header, runner, made.metrics)
         made.add_lane(
-            lambda sink, i=index, s=scheduler, r=runner: Lane(str(i), s, r, made.clock, made.metrics, sink)
+            lambda sink, i=index, s=scheduler, d=device: Lane(str(i), s, d, made.clock, made.metrics, sink)
         )
     made.late_compiles = lambda: max(runner.compiles.late for runner in runners)
     for runner in runners:
@@ -81,9 +88,10 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     return made
 
 
-def _runner(
+def make_runner(
     settings: Settings, folder: ModelFolder, config: ModelConfig, choice: Choice, mesh: Mesh, progress: Progress
 ) -> Runner:
+    """The runner of one lane, its weights loaded and its programs compiled. Raises ModelError."""
     weights = load(
         folder,
         config,
@@ -97,6 +105,49 @@ def _runner(
     runner = Runner(model, choice.sizes, buckets(choice.sizes.max_rows, choice.max_tokens, most))
     runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total))
     return runner
+
+
+def plan_header(
+    lane: str, model: str, folder: ModelFolder, config: ModelConfig, choice: Choice, mesh: Mesh
+) -> Header:
+    """What a plan log of this lane says of it, and a replay compares."""
+    sizes = choice.sizes
+    return Header(
+        lane=lane,
+        model=model,
+        revision=folder.revision,
+        dtype=str(choice.dtype),
+        numerics=choice.numerics,
+        mesh=f"tp={mesh.size}",
+        device=mesh.devices.flat[0].device_kind,
+        num_blocks=sizes.num_blocks,
+        block_size=sizes.block_size,
+        max_rows=sizes.max_rows,
+        max_length=sizes.max_length,
+        max_tokens=choice.max_tokens,
+        vocab=config.vocab,
+        serac=_version("serac"),
+        jax=_version("jax"),
+        jaxlib=_version("jaxlib"),
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # run from a folder, not installed
+
+
+def recorded(settings: Settings, header: Header, runner: Runner, metrics: Metrics) -> LaneDevice:
+    """The device of a lane: `runner`, with a log around it where the settings ask for one."""
+    if settings.plan_log is None:
+        return runner
+
+    def told(cause: str) -> None:
+        metrics.add("plan_logs_stopped", label=cause)
+
+    return Recorded(runner, open_log(settings.plan_log, header, settings.plan_log_size, told))
 
 
 def choose(settings: Settings, config: ModelConfig, stated: np.dtype) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:
