@@ -9,7 +9,7 @@ from engine.errors import SeracError
 
 
 @dataclass(frozen=True, slots=True)
-class Seated:
+class Started:
     """A sequence took part in steps for the first time: `at` in seconds of the scheduler's clock."""
 
     sequence: Sequence
@@ -67,4 +67,4 @@ class Ended:
     error: SeracError | None = None
 
 
-Event = Seated | Emission | Scored | Computed | Ended
+Event = Started | Emission | Scored | Computed | Ended

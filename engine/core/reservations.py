@@ -41,6 +41,15 @@ class Reservations:
         self._pool.end_write(blocks[shared:])
         return blocks
 
+    def held(self, handoff: int) -> list[int]:
+        """The blocks of `handoff`, in order of position."""
+        return self._held[handoff][0]
+
+    def writing(self, handoff: int) -> int:
+        """How many blocks of `handoff` may still be written."""
+        blocks, shared = self._held.get(handoff, ([], 0))
+        return len(blocks) - shared
+
     def drop(self, handoff: int) -> None:
         """Give the blocks back; nothing may write them any more. Unknown handoffs are ignored."""
         if handoff in self._held:
@@ -51,5 +60,7 @@ class Reservations:
         """Every reserved block, one entry a reference."""
         return [block for blocks, _ in self._held.values() for block in blocks]
 
-    def __contains__(self, handoff: int) -> bool:
-        return handoff in self._held
+    @property
+    def handoffs(self) -> set[int]:
+        """Those that hold blocks."""
+        return set(self._held)

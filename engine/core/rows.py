@@ -77,6 +77,15 @@ class Rows:
         """Tokens of the row that are known on this host."""
         return int(self._next[row]) - row * self.max_length
 
+    def blocks(self, row: int) -> list[int]:
+        """The blocks of the row, in order of position."""
+        blocks: list[int] = self.table[row, : self.num_blocks[row]].tolist()
+        return blocks
+
+    def missing(self, row: int) -> int:
+        """Known tokens of the row that no step computes yet."""
+        return self.known(row) - int(self.computed[row])
+
     def limit(self, row: int) -> int:
         """Length at which the row ends."""
         return int(self._end[row]) - row * self.max_length
@@ -113,7 +122,7 @@ class Rows:
         known = self.known(row)
         settled = known - 1 if known > seated else int(self.settled[row])
         sequence.tokens = self.history[row, :known].copy()
-        blocks: list[int] = self.table[row, : self.num_blocks[row]].tolist()
+        blocks = self.blocks(row)
         self.serial[row] = -1
         self.computed[row] = self.target[row] = self.num_blocks[row] = self.settled[row] = 0
         self._next[row] = self._end[row] = row * self.max_length

@@ -24,7 +24,7 @@ import numpy as np
 
 from engine.core import prefix
 from engine.core.blocks import BlockPool, Content
-from engine.core.events import Computed, Ended, Event, Seated
+from engine.core.events import Computed, Ended, Event, Started
 from engine.core.plan import BLOCK, Load, StepPlan, StepResult
 from engine.core.request import Request
 from engine.core.reservations import Reservations
@@ -172,6 +172,21 @@ class Scheduler:
             else:
                 self.rows.open(sequence.row)
 
+    def blocks_of(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold its KV, in order of position."""
+        return sequence.blocks if sequence.row < 0 else self.rows.blocks(sequence.row)
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        taken, self.events = self.events, []
+        return taken
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that no step computes yet."""
+        queued = sum(len(sequence.tokens) - sequence.computed for sequence in self.waiting)
+        return queued + sum(self.rows.missing(sequence.row) for sequence in self.prefilling.values())
+
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or flies."""
@@ -256,7 +271,7 @@ class Scheduler:
             sequence.cached = 0 if sequence.blocks else min(computed, sequence.prompt_length)
             self.prompt_tokens += sequence.prompt_length
             self.cached_tokens += sequence.cached
-            self.events.append(Seated(sequence, self._now))
+            self.events.append(Started(sequence, self._now))
         sequence.blocks, sequence.computed = [], 0
         if sequence.rests and computed == length:
             sequence.blocks, sequence.state = blocks, State.RESTING
@@ -425,7 +440,7 @@ class Scheduler:
         holds = [block for _, blocks in self.limbo for block in blocks] + self.reserved.blocks
         holds += [block for sequence in self.live.values() for block in sequence.blocks]
         for sequence in self.running.values():
-            holds += self.rows.table[sequence.row, : self.rows.num_blocks[sequence.row]].tolist()
+            holds += self.rows.blocks(sequence.row)
         self.pool.check(holds)
         seated = {s.serial for s in self.rows.occupant if s is not None}
         assert seated == set(self.running) and set(self.prefilling) <= seated

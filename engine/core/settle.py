@@ -123,6 +123,6 @@ def _emission(
 
 def _end_numeric(scheduler: "Scheduler", sequence: Sequence, position: int) -> None:
     """End a sequence whose logits were not finite; the blocks it published are in doubt and forgotten."""
-    scheduler.pool.forget(scheduler.rows.table[sequence.row, : scheduler.rows.num_blocks[sequence.row]].tolist())
+    scheduler.pool.forget(scheduler.rows.blocks(sequence.row))
     error = NumericError(f"numeric: non-finite logits at position {position}")
     scheduler.end(sequence, "error", error=error)

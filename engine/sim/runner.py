@@ -3,7 +3,8 @@
 Its KV of a position is a hash of the KV before it and the token there; a drawn token is a hash of the KV of every
 position that its row's block table names, the seed, the choice and the position. So a stale, foreign or unwritten
 block anywhere changes a token, and `alone` says what every sequence must draw whatever shares its steps.
-It keeps the runner's contract (launch, collect, reset) and checks each plan against what the device would do.
+It keeps the runner's contract (launch, collect, reset, gather, scatter) and checks each plan against what the
+device would do.
 """
 
 from collections import deque
@@ -85,6 +86,15 @@ class ModelledRunner:
         if isinstance(result, Exception):
             raise result
         return result
+
+    def gather(self, blocks: list[int]) -> np.ndarray:
+        """What `blocks` hold once every step launched before has run; [blocks, C]."""
+        return self.kv[blocks].copy()
+
+    def scatter(self, blocks: list[int], staged: np.ndarray) -> None:
+        """Write what was gathered elsewhere into `blocks`."""
+        assert 0 not in blocks and len(blocks) == len(staged)
+        self.kv[blocks] = staged
 
     def _row(self, planned: list[int]) -> list[tuple[int, bool]]:
         row, start, count = planned[ROW], planned[START], planned[COUNT]

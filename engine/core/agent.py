@@ -1,0 +1,324 @@
+"""A lane as others see it: messages in, plans, device work and messages out.
+
+    receive(message) -+-> Scheduler: plan, collect ---> events ---> outbox  (to the front, to other lanes)
+                      +-> Target, Source: handoffs -----> work       (gather and scatter, in order with steps)
+
+The loop of a lane and the simulator drive this same class. Device work is listed, not done: `work` is run in order
+before the next plan is launched, and the device keeps that order. So a gather reads what the steps before it wrote,
+a scatter is there for the steps after it, and blocks may be given back once the work that names them is listed.
+Cost: one pass over the open handoffs a turn, beside the scheduler's.
+"""
+
+from collections import Counter, OrderedDict
+from typing import NamedTuple
+
+from engine.core import events, handoff
+from engine.core.handoff import OVER, Fetch, Parts, Source, State, Stop, Stopped, Target
+from engine.core.messages import (
+    FRONT,
+    Cancel,
+    Committed,
+    Expect,
+    Failed,
+    Fence,
+    Hold,
+    Load,
+    Over,
+    Prefill,
+    Scored,
+    Started,
+    Submit,
+    ToFront,
+    ToLane,
+)
+from engine.core.plan import StepPlan, StepResult
+from engine.core.scheduler import Scheduler
+from engine.core.sequence import Sequence
+
+PART_BLOCKS = 16  # most blocks in one part
+EARLY = 256  # fetches that came before their prompt did, kept for it
+REMEMBERED = 1024  # handoffs that are over, kept to answer late questions
+
+
+class Gather(NamedTuple):
+    """Read blocks and send them; `part.staged` is what the device reads."""
+
+    peer: str
+    part: Parts
+    blocks: list[int]
+
+
+class Scatter(NamedTuple):
+    """Write what came into blocks."""
+
+    blocks: list[int]
+    staged: object
+
+
+class Agent:
+    """One lane's brain with its handoffs. Not thread-safe: one thread calls it."""
+
+    def __init__(self, name: str, scheduler: Scheduler):
+        self.name, self.scheduler = name, scheduler
+        self.outbox: list[tuple[str, ToFront | handoff.Message]] = []
+        self.work: list[Gather | Scatter] = []
+        self.targets: dict[int, Target] = {}
+        self.sources: dict[int, Source] = {}
+        self.moved_blocks = self.steps = 0
+        self._expected: dict[int, Expect] = {}
+        self._prompts: dict[int, Sequence] = {}  # what `sources` read from
+        self._early: OrderedDict[int, tuple[str, Fetch]] = OrderedDict()
+        self._over: OrderedDict[int, str] = OrderedDict()  # sources that are over, with the reason
+
+    # -- what others say ------------------------------------------------------------------------------------------
+
+    def receive(self, now: float, sender: str, message: ToLane | handoff.Message) -> None:
+        """Take in a message from the front or from lane `sender`."""
+        match message:
+            case Submit():
+                self.scheduler.submit(*message)
+            case Expect():
+                self._expect(now, message)
+            case Prefill():
+                self._prefill(now, message)
+            case Cancel():
+                self._cancel(now, message)
+            case Hold(serials=serials, held=held):
+                for serial in serials:
+                    if (sequence := self.scheduler.live.get(serial)) is not None:
+                        self.scheduler.hold(sequence, held)
+            case Fence(lane=lane):
+                self._fence(lane)
+            case Fetch() | handoff.Done() | Stop():
+                self._to_source(now, sender, message)
+            case _:
+                self._to_target(now, sender, message)
+
+    def _expect(self, now: float, message: Expect) -> None:
+        tokens = _known(message.submit)
+        total = -(-(tokens - 1) // self.scheduler.shape.block_size)
+        self._expected[message.handoff] = message
+        self.targets[message.handoff] = Target(message.handoff, message.source, total, moved_at=now)
+
+    def _prefill(self, now: float, message: Prefill) -> None:
+        number = message.handoff
+        total = -(-(len(message.request.prompt_ids) - 1) // self.scheduler.shape.block_size)
+        self._prompts[number] = self.scheduler.prefill(message.request, number)
+        self.sources[number] = Source(number, message.target, total, heard_at=now)
+        if (early := self._early.pop(number, None)) is not None:
+            self._to_source(now, *early)
+
+    def _cancel(self, now: float, message: Cancel) -> None:
+        for serial in message.serials:
+            if (sequence := self.scheduler.live.get(serial)) is not None:
+                self.scheduler.cancel(sequence, message.reason)
+        for number, expected in self._expected.items():  # those that have not begun
+            parts = tuple(part for part in expected.submit.parts if part.serial not in message.serials)
+            self._expected[number] = expected._replace(submit=expected.submit._replace(parts=parts))
+            if not parts or number == message.handoff:
+                target = self.targets[number]
+                self._send(target.source, target.cancel(now, message.reason))
+        if (source := self.sources.get(message.handoff)) is not None:
+            source.cancel(message.reason)
+
+    def _fence(self, lane: str) -> None:
+        for target in self.targets.values():
+            if target.source == lane:
+                target.fence(f"lane {lane} was lost")
+        for source in self.sources.values():
+            if source.target == lane:
+                source.cancel(f"lane {lane} was lost")
+
+    def _to_source(self, now: float, sender: str, message: handoff.Message) -> None:
+        number = message.handoff
+        if (source := self.sources.get(number)) is not None and source.target == sender:
+            self._send(sender, source.receive(now, message))
+        elif isinstance(message, Fetch):
+            if number in self._over:
+                self._send(sender, [handoff.Gone(number, self._over[number])])
+            else:  # it overtook the front's word
+                self._early[number] = (sender, message)
+                while len(self._early) > EARLY:
+                    self._early.popitem(last=False)
+        elif isinstance(message, Stop):
+            self._early.pop(number, None)
+            self._send(sender, [Stopped(number, "complete" if number in self._over else "unknown")])
+        else:
+            self._send(sender, [handoff.Released(number)])
+
+    def _to_target(self, now: float, sender: str, message: handoff.Message) -> None:
+        target = self.targets.get(message.handoff)
+        if target is None or target.source != sender:
+            return
+        before = target.have
+        write, answers = target.receive(now, message)
+        if write and isinstance(message, Parts):
+            blocks = self.scheduler.reserved.held(target.handoff)[before : target.have]
+            self.work.append(Scatter(blocks, message.staged))
+            self.moved_blocks += len(blocks)
+        self._send(sender, answers)
+
+    # -- a turn ---------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Move the handoffs on, then the next step; run `work` before it is launched."""
+        self._tick(now)
+        plan = self.scheduler.plan(now)
+        self.steps += plan is not None
+        self._take_events()
+        return plan
+
+    def collect(self, result: StepResult) -> None:
+        """Take in the result of the oldest step in flight."""
+        self.scheduler.collect(result)
+        self._take_events()
+
+    def fail(self, step: int, message: str) -> None:
+        """Step `step` raised and the pool is gone: KV on its way here is lost, prompts are computed again."""
+        self.work.clear()
+        for target in self.targets.values():
+            if target.state not in (*OVER, State.COMMITTED):
+                target.state, target.reason = State.ABORTED, "the device failed"
+                self._send(target.source, [Stop(target.handoff)])
+        for source in self.sources.values():
+            source.ready = 0
+        self.scheduler.fail(step, message)
+        self._take_events()
+
+    def _tick(self, now: float) -> None:
+        for target in list(self.targets.values()):
+            if target.state is State.OFFERED:
+                self._reserve(now, target)
+            self._send(target.source, target.tick(now))
+            self._settle(target)
+        for source in list(self.sources.values()):
+            source.tick(now)
+            self._pump(source)
+
+    def _reserve(self, now: float, target: Target) -> None:
+        submit = self._expected[target.handoff].submit
+        tokens = submit.request.prompt_ids + submit.parts[0].emitted
+        prefix = self.scheduler.chain(submit.request, tokens)
+        count = -(-len(tokens) // self.scheduler.shape.block_size)
+        made = self.scheduler.reserved.reserve(target.handoff, prefix, count)
+        if made is not None:
+            self._send(target.source, target.reserved(now, made[1]))
+        elif now - target.moved_at > handoff.STALLED_S:
+            self._send(target.source, target.cancel(now, "no room for its blocks"))
+
+    def _settle(self, target: Target) -> None:
+        """Start the choices of a handoff that has everything; forget one that is over."""
+        expected = self._expected.get(target.handoff)
+        if expected is not None and target.state in (State.COMMITTED, State.RELEASED):
+            del self._expected[target.handoff]
+            self._tell(Committed(target.handoff))
+            if expected.submit.parts:
+                blocks = self.scheduler.reserved.written(target.handoff)
+                self.scheduler.adopt(*expected.submit, blocks, _known(expected.submit) - 1)
+            else:
+                self.scheduler.reserved.drop(target.handoff)
+        if target.state in OVER:
+            del self.targets[target.handoff]
+            if self._expected.pop(target.handoff, None) is not None:
+                self.scheduler.reserved.drop(target.handoff)
+                self._tell(Failed(target.handoff, target.reason))
+
+    def _pump(self, source: Source) -> None:
+        """List what may be sent; forget a source that is over."""
+        sequence = self._prompts[source.handoff]
+        while (cut := source.next_parts(PART_BLOCKS)) is not None:
+            first, count = cut
+            blocks = self.scheduler.blocks_of(sequence)[first : first + count]
+            part = Parts(source.handoff, source.generation, first, count, None)
+            self.work.append(Gather(source.target, part, blocks))
+            self.moved_blocks += count
+        if source.state in OVER:
+            del self.sources[source.handoff], self._prompts[source.handoff]
+            self.scheduler.cancel(sequence, source.reason or "done")
+            self._over[source.handoff] = source.reason
+            while len(self._over) > REMEMBERED:
+                self._over.popitem(last=False)
+
+    def _take_events(self) -> None:
+        for event in self.scheduler.take_events():
+            match event:
+                case events.Emission():
+                    self._tell(event)
+                case events.Started(sequence=sequence, at=at):
+                    self._tell(Started(sequence.serial, sequence.cached, at))
+                case events.Computed(sequence=sequence, positions=positions):
+                    self._computed(sequence, positions)
+                case events.Scored(sequence=sequence):
+                    self._tell(Scored(sequence.serial, *(getattr(event, name) for name in Scored.__slots__[1:])))
+                case events.Ended(sequence=sequence):
+                    self._ended(event, sequence)
+
+    def _computed(self, sequence: Sequence, positions: int) -> None:
+        if (source := self.sources.get(sequence.serial)) is not None:
+            size, whole = self.scheduler.shape.block_size, positions == len(sequence.tokens) - 1
+            source.ready = source.total if whole else positions // size
+
+    def _ended(self, event: events.Ended, sequence: Sequence) -> None:
+        if not sequence.rests:
+            self._tell(Over(sequence.serial, event.reason, event.stop, event.error))
+        elif (source := self.sources.get(sequence.serial)) is not None and source.state not in OVER:
+            source.cancel(event.reason)
+            self._tell(Failed(sequence.serial, event.reason, event.error))
+
+    def _send(self, peer: str, messages: list[handoff.Message]) -> None:
+        self.outbox += [(peer, message) for message in messages]
+
+    def _tell(self, message: ToFront) -> None:
+        self.outbox.append((FRONT, message))
+
+    # -- what can be seen -----------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, waits, flies or moves."""
+        return self.scheduler.idle and not self.targets and not self.sources and not self.work
+
+    def load(self) -> Load:
+        """The lane's state in numbers."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        states = Counter(
+            [t.state.value for t in self.targets.values()] + [s.state.value for s in self.sources.values()]
+        )
+        quarantined = sum(
+            scheduler.reserved.writing(target.handoff)
+            for target in self.targets.values()
+            if target.state is State.QUARANTINED
+        )
+        return Load(
+            len(scheduler.running),
+            len(scheduler.live) - len(scheduler.running),
+            len(scheduler.flights),
+            scheduler.queued_tokens,
+            pool.usable,
+            pool.available,
+            pool.cached,
+            pool.writing,
+            quarantined,
+            tuple(sorted(states.items())),
+            scheduler.preemptions,
+            self.steps,
+            self.moved_blocks,
+        )
+
+    def check(self) -> None:
+        """Assert that handoffs, reservations and sequences agree. For tests and idle moments."""
+        self.scheduler.check()
+        assert self._prompts.keys() == self.sources.keys()
+        assert all(number in self.targets for number in self._expected)
+        reserved = {
+            number
+            for number, target in self.targets.items()
+            if target.state in (State.RESERVED, State.COPYING, State.QUARANTINED)
+        }
+        pending = {n for n in self._expected if self.targets[n].state in (State.COMMITTED, *OVER)}
+        assert reserved <= self.scheduler.reserved.handoffs <= reserved | pending
+
+
+def _known(submit: Submit) -> int:
+    """Tokens that the first choice knows."""
+    return len(submit.request.prompt_ids) + len(submit.parts[0].emitted)

@@ -1,0 +1,134 @@
+"""What a front and a lane say to each other. Lanes among themselves speak the words of engine/core/handoff.py.
+
+    front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence
+    lane -> front   Started, Emission, Scored, Over, Committed, Failed, Load
+
+A serial names one choice of one attempt, for ever: what a lane still says of an attempt that was given up bears a
+serial that nobody knows any more. A handoff's number is a serial too. Between front and lane messages arrive once
+and in order (engine/core/session.py, where they cross a network); between lanes they may not.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.core.events import Emission
+from engine.core.request import Request
+from engine.core.sequence import Part
+from engine.errors import SeracError
+
+FRONT = "front"
+
+
+class Submit(NamedTuple):
+    """Serve these choices of a request. `seed` serves it if it has none."""
+
+    request: Request
+    seed: int
+    parts: tuple[Part, ...]
+
+
+class Expect(NamedTuple):
+    """Serve these choices once the KV of the first one's tokens has come from lane `source`."""
+
+    handoff: int
+    source: str
+    submit: Submit
+
+
+class Prefill(NamedTuple):
+    """Compute the KV of all but the last of the request's prompt tokens, for lane `target` to fetch."""
+
+    handoff: int
+    target: str
+    request: Request
+
+
+class Cancel(NamedTuple):
+    """End what still runs of these choices and of this handoff (0: none); again is nothing."""
+
+    serials: tuple[int, ...]
+    handoff: int
+    reason: str
+
+
+class Hold(NamedTuple):
+    """Pause these choices, whose client does not read, or let them go on."""
+
+    serials: tuple[int, ...]
+    held: bool
+
+
+class Fence(NamedTuple):
+    """The process behind `lane` is gone or cut off; what it still sends is not to be taken."""
+
+    lane: str
+
+
+class Started(NamedTuple):
+    """A choice, or a handoff's prompt, took part in steps for the first time. `at` on the lane's clock."""
+
+    serial: int
+    cached: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of consecutive prompt tokens of one choice; `first` is the position of the first.
+
+    logprob float32 [k]; rank int32 [k]; top_ids int32 [k, 20]; top_logprobs float32 [k, 20].
+    """
+
+    serial: int
+    first: int
+    logprob: np.ndarray
+    rank: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class Over(NamedTuple):
+    """A choice has ended; nothing follows. `reason` and `stop` as in events.Ended."""
+
+    serial: int
+    reason: str
+    stop: int | None
+    error: SeracError | None
+
+
+class Committed(NamedTuple):
+    """All KV of a handoff is here; its choices wait for a row like any other."""
+
+    handoff: int
+
+
+class Failed(NamedTuple):
+    """A handoff came to nothing. `error` where trying again elsewhere cannot help."""
+
+    handoff: int
+    reason: str
+    error: SeracError | None = None
+
+
+class Load(NamedTuple):
+    """What a lane has to do and to spare. Counts of this moment but for the last three, which are totals."""
+
+    running: int
+    waiting: int
+    flights: int
+    queued_tokens: int  # of prompts, not computed yet
+    blocks: int
+    available: int
+    cached: int
+    writing: int
+    quarantined: int
+    handoffs: tuple[tuple[str, int], ...]  # (state, how many), both sides together
+    preemptions: int
+    steps: int
+    moved_blocks: int
+
+
+ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence
+ToFront = Started | Emission | Scored | Over | Committed | Failed | Load

@@ -1,0 +1,395 @@
+"""Which lanes serve a request, what its choices have drawn, and what to do when a lane is lost.
+
+    submit -> place: one lane              Submit  -> lane
+              or prefill + decode lane     Prefill -> source, Expect -> target      (engine/core/handoff.py)
+    lane lost | handoff failed -> the choices that still run go on elsewhere, from the tokens they have drawn
+    Over | cancel | deadline | finish -> one terminal event a choice
+
+A Leg is one attempt to serve choices of a request together; each attempt has serials of its own, so whatever an
+earlier one still says is unknown here. All choices start in one leg, to share the prompt; after a loss each goes on
+in a leg of its own. Tokens are taken only at the position that comes next.
+
+Placement is by predicted seconds: what is queued on the lanes, the prompt without what each has cached, and the
+move. A prompt that is short or cached where it will decode skips the prefill lane; so does one whose tokens are to
+be scored. Without a lane of the right role any other serves. Pure: `now` is an argument, messages go to `outbox`.
+Cost: one hash a block of a prompt when there are several lanes; a dict lookup a token.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from engine.core import messages, prefix
+from engine.core.events import Emission
+from engine.core.messages import Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Submit
+from engine.core.request import Request, Sampling, Stopping
+from engine.core.sequence import Part
+from engine.errors import DeadlineExceeded, SeracError, Unavailable
+
+Role = Literal["prefill", "decode", "both"]
+TOKEN_S = 1e-4  # to compute one token of a prompt, where nothing better is known
+MOVE_S = 5e-3  # a handoff, beside its prompt
+WAIT_ROW_S = 0.05  # for each sequence that waits
+FULL_S = 1.0  # a pool that has no room now
+SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
+MOST_LOSSES = 5  # attempts that ended with their lane, until the request counts as the cause
+REMEMBERED = 1 << 16  # blocks whose lane is remembered
+
+
+@dataclass(slots=True)
+class Lane:
+    """A lane as the router sees it. `name` is that of one life of its process: a new one has a new name."""
+
+    name: str
+    role: Role
+    load: Load | None = None
+    queued: int = 0  # prompt tokens sent since its last report
+
+    def wait_s(self, tokens: int, blocks: int) -> float:
+        """Seconds until it has computed `tokens` more tokens of a prompt that needs `blocks`."""
+        queued = self.queued + tokens
+        if self.load is None:
+            return queued * TOKEN_S
+        full = FULL_S if blocks > self.load.available else 0.0
+        return (queued + self.load.queued_tokens) * TOKEN_S + self.load.waiting * WAIT_ROW_S + full
+
+
+@dataclass(eq=False, slots=True)
+class Track:
+    """One choice of a request: what it has drawn. `serial` is that of its present attempt, 0 when it is over."""
+
+    journey: "Journey"
+    choice: int
+    tokens: list[int] = field(default_factory=list)
+    serial: int = 0
+    over: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Journey:
+    """A request from its admission to its last terminal."""
+
+    request: Request
+    seed: int
+    tracks: list[Track] = field(default_factory=list)
+    losses: int = 0
+    held: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Leg:
+    """One attempt to serve `tracks` together on `target`, their prompt computed on `source` if that is another."""
+
+    tracks: list[Track]
+    target: str
+    source: str = ""
+    handoff: int = 0  # nonzero until its KV has arrived
+
+    @property
+    def serials(self) -> tuple[int, ...]:
+        return tuple(track.serial for track in self.tracks if not track.over)
+
+
+class Started(NamedTuple):
+    track: Track
+    cached: int
+
+
+class Drawn(NamedTuple):
+    """Tokens that came next: entries (k, track) of an emission."""
+
+    emission: Emission
+    entries: list[tuple[int, Track]]
+
+
+class Scored(NamedTuple):
+    track: Track
+    scores: messages.Scored
+
+
+class Ended(NamedTuple):
+    """The one terminal of a choice."""
+
+    track: Track
+    reason: str
+    stop: int | None = None
+    error: SeracError | None = None
+
+
+Event = Started | Drawn | Scored | Ended
+
+
+class Router:
+    """Requests over the lanes of one replica. Not thread-safe: one thread calls it."""
+
+    def __init__(self, block_size: int, root: bytes = b""):
+        self.lanes: dict[str, Lane] = {}
+        self.outbox: list[tuple[str, messages.ToLane]] = []
+        self.events: list[Event] = []
+        self.journeys: dict[Journey, None] = {}
+        self.recoveries = self.handoffs = self.gaps = 0
+        self._block_size, self._root = block_size, root
+        self._legs: dict[int, Leg] = {}  # by serial and by handoff
+        self._tracks: dict[int, Track] = {}  # by serial
+        self._serial = 0
+        self._deadlines: list[tuple[float, int, Journey]] = []
+        self._where: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # blocks that a lane has computed
+        self._parked: list[list[Track]] = []  # no lane is there
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, seed: int) -> Journey:
+        """Serve a request that was checked. Raises Unavailable when no lane is there."""
+        if not self.lanes:
+            raise Unavailable("replica: no lane is ready; try again later")
+        journey = Journey(request, seed)
+        journey.tracks = [Track(journey, choice) for choice in range(request.sampling.n)]
+        self.journeys[journey] = None
+        if request.deadline_at is not None:
+            heapq.heappush(self._deadlines, (request.deadline_at, self._number(), journey))
+        self._place(journey.tracks)
+        return journey
+
+    def cancel(self, journey: Journey, reason: str = "abort", error: SeracError | None = None) -> None:
+        """End every choice that still runs; again is nothing."""
+        for track in journey.tracks:
+            self.end(track, reason, error=error)
+
+    def end(self, track: Track, reason: str, stop: int | None = None, error: SeracError | None = None) -> None:
+        """The terminal of one choice, and the end of its work wherever it is."""
+        if track.over:
+            return
+        leg = self._legs.get(track.serial)
+        self._close(track)
+        self.events.append(Ended(track, reason, stop, error))
+        if leg is not None:
+            handoff = 0 if leg.serials else leg.handoff
+            self._to(leg.target, Cancel((track.serial,), handoff, reason))
+            if handoff:
+                self._to(leg.source, Cancel((), handoff, reason))
+                self._legs.pop(handoff, None)
+
+    def hold(self, journey: Journey, held: bool) -> None:
+        """Pause a request whose client does not read, or let it go on."""
+        journey.held = held
+        for leg in {id(leg): leg for t in journey.tracks if (leg := self._legs.get(t.serial)) is not None}.values():
+            self._to(leg.target, Hold(leg.serials, held))
+
+    # -- lanes ----------------------------------------------------------------------------------------------------
+
+    def lane_up(self, name: str, role: Role) -> None:
+        """A lane is ready."""
+        self.lanes[name] = Lane(name, role)
+        parked, self._parked = self._parked, []
+        for tracks in parked:
+            self._place([track for track in tracks if not track.over])
+
+    def lane_lost(self, name: str) -> None:
+        """A lane's process is gone or cut off: what it served goes on elsewhere."""
+        if self.lanes.pop(name, None) is None:
+            return
+        for other in self.lanes:
+            self._to(other, Fence(name))
+        hit = [leg for leg in self._legs.values() if leg.target == name or (leg.source == name and leg.handoff)]
+        for leg in {id(leg): leg for leg in hit}.values():
+            self._again(leg, f"lane {name} was lost")
+
+    def receive(self, lane: str, message: messages.ToFront) -> None:
+        """Take in what a lane says."""
+        match message:
+            case Emission():
+                self._emission(message)
+            case messages.Over(serial=serial) if (track := self._tracks.get(serial)) is not None:
+                self._over(track, message)
+            case messages.Started(serial=serial, cached=cached):
+                leg = self._legs.get(serial)
+                track = self._tracks.get(serial) or (leg.tracks[0] if leg is not None else None)
+                if track is not None and not (leg is not None and leg.source and serial in leg.serials):
+                    self.events.append(Started(track, cached))
+            case messages.Scored(serial=serial) if (track := self._tracks.get(serial)) is not None:
+                self.events.append(Scored(track, message))
+            case messages.Committed(handoff=number) if (leg := self._legs.pop(number, None)) is not None:
+                leg.handoff = 0
+            case Failed(handoff=number) if (leg := self._legs.get(number)) is not None:
+                self._failed(leg, message)
+            case Load() if (view := self.lanes.get(lane)) is not None:
+                view.load, view.queued = message, 0
+
+    def tick(self, now: float) -> None:
+        """End what is past its deadline, wherever it is."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            journey = heapq.heappop(self._deadlines)[2]
+            self.cancel(journey, "deadline", DeadlineExceeded("deadline: passed before the request was done"))
+
+    def _emission(self, emission: Emission) -> None:
+        entries = []
+        columns = emission.serials.tolist(), emission.positions.tolist(), emission.tokens.tolist()
+        for k, (serial, position, token) in enumerate(zip(*columns, strict=True)):
+            track = self._tracks.get(serial)
+            if track is None:
+                continue
+            wanted = len(track.journey.request.prompt_ids) + len(track.tokens)
+            if position == wanted:
+                track.tokens.append(token)
+                entries.append((k, track))
+            elif position > wanted:  # a token is missing: what follows would be wrong
+                self.gaps += 1
+                self._again(self._legs[serial], "a token is missing")
+        if entries:
+            self.events.append(Drawn(emission, entries))
+
+    def _over(self, track: Track, over: messages.Over) -> None:
+        self._close(track)
+        self.events.append(Ended(track, over.reason, over.stop, over.error))
+
+    def _failed(self, leg: Leg, failed: Failed) -> None:
+        if failed.error is None:
+            self._again(leg, failed.reason)
+            return
+        for track in leg.tracks:
+            self.end(track, "deadline" if failed.reason == "deadline" else "error", error=failed.error)
+
+    # -- placing --------------------------------------------------------------------------------------------------
+
+    def _again(self, leg: Leg, reason: str) -> None:
+        """Give an attempt up and go on from what was drawn, each choice for itself."""
+        serials, journey = leg.serials, leg.tracks[0].journey
+        for name in {leg.target, leg.source} & self.lanes.keys():
+            self._to(name, Cancel(serials, leg.handoff, reason))
+        self._legs.pop(leg.handoff, None)
+        journey.losses += 1
+        for track in leg.tracks:
+            self._legs.pop(track.serial, None)
+            self._tracks.pop(track.serial, None)
+            if track.over:
+                continue
+            if journey.losses > MOST_LOSSES:
+                error = Unavailable(f"replica: {MOST_LOSSES} attempts failed, the last one because {reason}")
+                self.end(track, "error", error=error)
+            else:
+                self.recoveries += 1
+                self._place([track])
+
+    def _place(self, tracks: list[Track]) -> None:
+        if not tracks:
+            return
+        if not self.lanes:
+            self._parked.append(tracks)
+            return
+        journey, first = tracks[0].journey, tracks[0]
+        request, tokens = journey.request, (*journey.request.prompt_ids, *first.tokens)
+        chain = self._chain(request, tokens)
+        source, target = self._choose(request, len(tokens), chain)
+        leg = Leg(tracks, target.name)
+        for track in tracks:
+            track.serial = self._number()
+            self._legs[track.serial], self._tracks[track.serial] = leg, track
+        parts = tuple(Part(track.serial, track.choice, tuple(track.tokens)) for track in tracks)
+        submit = Submit(request, journey.seed, parts)
+        if source is None:
+            target.queued += len(tokens) - self._cached(target.name, chain)
+            self._to(target.name, submit)
+        else:
+            self._hand_off(leg, source, submit, tokens)
+            source.queued += len(tokens) - self._cached(source.name, chain)
+            self._remember(source.name, chain)
+        if journey.held:
+            self._to(target.name, Hold(leg.serials, True))
+        self._remember(target.name, chain)
+
+    def _hand_off(self, leg: Leg, source: Lane, submit: Submit, tokens: tuple[int, ...]) -> None:
+        self.handoffs += 1
+        leg.source, leg.handoff = source.name, self._number()
+        self._legs[leg.handoff] = leg
+        given = submit.request
+        prompt = Request(
+            given.request_id,
+            tokens,
+            Sampling(temperature=0.0),
+            Stopping(max_tokens=1),
+            given.deadline_at,
+            given.salt,
+            given.adapter,
+        )
+        self._to(leg.target, Expect(leg.handoff, source.name, submit))
+        self._to(source.name, Prefill(leg.handoff, leg.target, prompt))
+
+    def _choose(self, request: Request, length: int, chain: list[bytes]) -> tuple[Lane | None, Lane]:
+        """(the lane that prefills or None, the lane that decodes), of least predicted seconds."""
+        lanes = list(self.lanes.values())
+        decoding = [lane for lane in lanes if lane.role != "prefill"] or lanes
+        prefilling = [lane for lane in lanes if lane.role == "prefill"]
+        if request.sampling.prompt_logprobs is not None or length < 2:
+            prefilling = []
+        blocks = -(-length // self._block_size)
+        best: tuple[float, Lane | None, Lane] | None = None
+        for target in decoding:
+            rest = length - self._cached(target.name, chain)
+            alone = target.wait_s(rest, blocks)
+            if target.role != "decode" or not prefilling or rest <= SHORT_BLOCKS * self._block_size:
+                best = _lesser(best, (alone, None, target))
+            for source in prefilling:
+                if source is not target:
+                    todo = length - self._cached(source.name, chain)
+                    moved = source.wait_s(todo, blocks) + target.wait_s(1, blocks) + MOVE_S
+                    best = _lesser(best, (moved, source, target))
+        assert best is not None
+        return best[1], best[2]
+
+    def _chain(self, request: Request, tokens: Sequence[int]) -> list[bytes]:
+        if len(self.lanes) < 2:
+            return []
+        parent = prefix.start(self._root, request.adapter, request.salt)
+        contents = prefix.extend(parent, (), np.array(tokens[:-1], np.int32), self._block_size)
+        return [content.key for content in contents]
+
+    def _cached(self, lane: str, chain: list[bytes]) -> int:
+        """Tokens of the longest prefix that the lane has computed, as far as is remembered."""
+        found = 0
+        for key in chain:
+            if (key, lane) not in self._where:
+                break
+            found += 1
+        return found * self._block_size
+
+    def _remember(self, lane: str, chain: list[bytes]) -> None:
+        for key in chain:
+            self._where[key, lane] = None
+            self._where.move_to_end((key, lane))
+        while len(self._where) > REMEMBERED:
+            self._where.popitem(last=False)
+
+    def _close(self, track: Track) -> None:
+        track.over = True
+        self._tracks.pop(track.serial, None)
+        self._legs.pop(track.serial, None)
+        if all(other.over for other in track.journey.tracks):
+            self.journeys.pop(track.journey, None)
+
+    def _number(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _to(self, lane: str, message: messages.ToLane) -> None:
+        if lane in self.lanes:
+            self.outbox.append((lane, message))
+
+    def check(self) -> None:
+        """Assert that every open choice has one attempt or is parked. For tests and idle moments."""
+        parked = {track for tracks in self._parked for track in tracks if not track.over}
+        for journey in self.journeys:
+            assert any(not track.over for track in journey.tracks)
+            for track in journey.tracks:
+                assert track.over or track in parked or self._tracks.get(track.serial) is track
+        assert all(leg.target in self.lanes for leg in self._legs.values())
+        assert all(track.serial in self._legs for track in self._tracks.values())
+
+
+def _lesser(
+    best: tuple[float, Lane | None, Lane] | None, other: tuple[float, Lane | None, Lane]
+) -> tuple[float, Lane | None, Lane]:
+    return other if best is None or other[0] < best[0] else best

@@ -1,0 +1,257 @@
+"""Lanes that hand prompts to each other, with hash devices and a network that does what the test says."""
+
+import random
+
+import pytest
+
+from engine.core import handoff, prefix
+from engine.core.agent import Agent, Gather
+from engine.core.events import Emission
+from engine.core.handoff import State
+from engine.core.messages import FRONT, Cancel, Expect, Failed, Fence, Over, Prefill, Submit
+from engine.core.request import Request, Sampling, Stopping
+from engine.core.scheduler import LaneShape, Scheduler
+from engine.core.sequence import Part
+from engine.sim.runner import ModelledRunner, alone
+
+VOCAB, EOS, BLOCK = 997, 996, 4
+
+
+class Place:
+    """A lane with its device, turned by hand."""
+
+    def __init__(self, name, num_blocks=60, max_tokens=16):
+        shape = LaneShape(num_blocks, BLOCK, 4, max_tokens, 64, VOCAB, (EOS,))
+        self.agent = Agent(name, Scheduler(shape, prefix.root("test")))
+        self.device = ModelledRunner(num_blocks, BLOCK, 4, 64, VOCAB)
+
+    def turn(self, now):
+        agent, device = self.agent, self.device
+        plan = agent.plan(now)
+        sent = []
+        for work in agent.work:
+            if isinstance(work, Gather):
+                sent.append((work.peer, work.part._replace(staged=device.gather(work.blocks))))
+            else:
+                device.scatter(work.blocks, work.staged)
+        agent.work.clear()
+        if plan is not None:
+            device.launch(plan)
+        elif agent.scheduler.flights:
+            step = agent.scheduler.flights[0].plan.step
+            try:
+                result = device.collect()
+            except RuntimeError as error:
+                device.reset()
+                agent.fail(step, str(error))
+            else:
+                agent.collect(result)
+        agent.check()
+        sent += agent.outbox
+        agent.outbox = []
+        return sent
+
+    @property
+    def restored(self):
+        pool = self.agent.scheduler.pool
+        return pool.available == pool.usable and pool.writing == 0 and self.agent.idle
+
+
+class Pair:
+    """A prefill and a decode lane; `passes(message)` says whether a message between them arrives."""
+
+    def __init__(self, passes=lambda message: True, **sizes):
+        self.places = {"p": Place("p", **sizes), "d": Place("d", **sizes)}
+        self.passes, self.now = passes, 0.0
+        self.front: list = []
+        self.tokens: dict[int, list[int]] = {}
+
+    def say(self, lane, message):
+        self.places[lane].agent.receive(self.now, FRONT, message)
+
+    def hand(self, handoff_id, serial, ids, seed=1, emitted=(), **options):
+        request = Request(f"r{serial}", tuple(ids), Sampling(seed=seed), Stopping(**options))
+        parts = (Part(serial, 0, tuple(emitted)),)
+        self.say("d", Expect(handoff_id, "p", Submit(request, seed, parts)))
+        prompt = Request(f"r{serial}", tuple(ids) + tuple(emitted), Sampling(temperature=0.0), Stopping(1))
+        self.say("p", Prefill(handoff_id, "d", prompt))
+        return request
+
+    def turn(self, step_s=0.05):
+        self.now += step_s
+        for name, place in self.places.items():
+            for peer, message in place.turn(self.now):
+                if peer == FRONT:
+                    self.front.append(message)
+                    if isinstance(message, Emission):
+                        for serial, token in zip(message.serials.tolist(), message.tokens.tolist(), strict=True):
+                            self.tokens.setdefault(serial, []).append(token)
+                elif self.passes(message):
+                    self.places[peer].agent.receive(self.now, name, message)
+
+    def run(self, turns=400):
+        for _ in range(turns):
+            self.turn()
+            if all(place.agent.idle for place in self.places.values()):
+                return self
+        raise AssertionError("stuck")
+
+    def told(self, kind):
+        return [message for message in self.front if isinstance(message, kind)]
+
+    @property
+    def restored(self):
+        return all(place.restored for place in self.places.values())
+
+
+def ids(length, seed=0):
+    return random.Random(seed).choices(range(VOCAB - 1), k=length)
+
+
+def expected(request, seed, count):
+    lone = Place("x").agent.scheduler.submit(request, seed)[0]
+    return alone(list(request.prompt_ids), lone.draw, count, VOCAB)
+
+
+@pytest.mark.parametrize("length", [2, 4, 5, 8, 9, 23, 33])
+def test_a_prompt_computed_on_one_lane_decodes_on_another_token_for_token(length):
+    pair = Pair()
+    request = pair.hand(100, 1, ids(length), max_tokens=7)
+    pair.run()
+    assert pair.tokens[1] == expected(request, 1, 7) and pair.restored
+    assert [over.reason for over in pair.told(Over)] == ["length"]
+    assert pair.places["p"].agent.moved_blocks == -(-(length - 1) // BLOCK)
+
+
+def test_the_decode_lane_computes_one_token_of_the_prompt_only():
+    pair = Pair()
+    pair.hand(100, 1, ids(23), max_tokens=3)
+    pair.run()
+    assert pair.places["d"].agent.steps <= 4 and pair.places["d"].agent.scheduler.rows.era == 1
+
+
+def test_blocks_that_the_decode_lane_knows_do_not_move():
+    pair = Pair()
+    pair.hand(100, 1, ids(23), max_tokens=3)
+    pair.run()
+    moved = pair.places["p"].agent.moved_blocks
+    request = pair.hand(101, 2, [*ids(23), 5, 6, 7], max_tokens=3)
+    pair.run()
+    assert pair.places["p"].agent.moved_blocks - moved == 2, "only what follows the shared five blocks"
+    assert pair.tokens[2] == expected(request, 1, 3) and pair.restored
+
+
+def test_a_sequence_goes_on_elsewhere_from_the_tokens_it_has_drawn():
+    pair = Pair()
+    request = pair.hand(100, 1, ids(9), max_tokens=12)
+    want = expected(request, 1, 12)
+    pair.run()
+    pair.hand(101, 2, ids(9), emitted=want[:5], max_tokens=12)
+    pair.run()
+    assert pair.tokens[2] == want[5:]
+
+
+@pytest.mark.parametrize("lost", range(8))
+def test_a_lost_message_costs_time_only(lost):
+    seen = []
+
+    def passes(message):
+        seen.append(message)
+        return len(seen) - 1 != lost
+
+    pair = Pair(passes)
+    request = pair.hand(100, 1, ids(40), max_tokens=4)
+    pair.run(3000)
+    assert pair.tokens[1] == expected(request, 1, 4) and pair.restored
+
+
+def test_damaged_parts_are_asked_for_again_and_too_many_end_the_attempt():
+    for times, whole in ((2, True), (9, False)):
+        left = [times]
+        pair = Pair()
+
+        def damage(message, left=left, pair=pair):
+            if isinstance(message, handoff.Parts) and left[0]:
+                left[0] -= 1
+                pair.places["d"].agent.receive(pair.now, "p", message._replace(staged=None))
+                return False
+            return True
+
+        pair.passes = damage
+        request = pair.hand(100, 1, ids(20), max_tokens=4)
+        pair.run(3000)
+        assert pair.restored
+        assert (pair.tokens.get(1) == expected(request, 1, 4)) == whole
+        assert [failed.reason for failed in pair.told(Failed)] == (
+            [] if whole else ["3 parts in a row came damaged"]
+        )
+
+
+@pytest.mark.parametrize("turns", range(14))
+def test_a_cancel_at_any_moment_gives_every_block_back(turns):
+    pair = Pair()
+    pair.hand(100, 1, ids(33), max_tokens=9)
+    for _ in range(turns):
+        pair.turn()
+    for lane in ("d", "p"):
+        pair.say(lane, Cancel((1,), 100, "abort"))
+        pair.say(lane, Cancel((1,), 100, "abort"))
+    pair.run()
+    assert pair.restored and len(pair.told(Over)) <= 1
+
+
+def test_cancelled_blocks_stay_in_quarantine_until_the_source_answers_or_is_fenced():
+    for fenced in (False, True):
+        pair = Pair(lambda message: not isinstance(message, handoff.Parts | handoff.Stop))
+        pair.hand(100, 1, ids(33), max_tokens=9)
+        for _ in range(10):
+            pair.turn()
+        pair.say("d", Cancel((1,), 100, "abort"))
+        for _ in range(20):
+            pair.turn()
+        load = pair.places["d"].agent.load()
+        assert load.quarantined == load.writing == 9 and dict(load.handoffs)["quarantined"] == 1
+        if fenced:
+            pair.say("d", Fence("p"))
+            pair.say("p", Cancel((), 100, "abort"))
+        else:
+            pair.passes = lambda message: True
+        pair.run()
+        assert pair.restored
+
+
+def test_a_part_of_an_earlier_asking_is_not_taken():
+    late = []
+
+    def passes(message):
+        if isinstance(message, handoff.Parts) and not late:
+            late.append(message)
+            return False
+        return True
+
+    pair = Pair(passes)
+    request = pair.hand(100, 1, ids(60), max_tokens=4)
+    target = pair.places["d"].agent.targets[100]
+    for _ in range(40):
+        if target.generation == 2 and target.state is State.RESERVED:
+            break
+        pair.turn()
+    before = target.have, len(pair.places["d"].agent.work)
+    pair.places["d"].agent.receive(pair.now, "p", late[0])
+    assert (target.have, len(pair.places["d"].agent.work)) == before and target.state is State.RESERVED
+    pair.run()
+    assert pair.tokens[1] == expected(request, 1, 4)
+
+
+def test_a_device_failure_on_either_side_loses_nothing():
+    for side in ("p", "d"):
+        for step in range(4):
+            pair = Pair(max_tokens=8)
+            pair.places[side].device.fail_collect.add(step)
+            request = pair.hand(100, 1, ids(30), max_tokens=6)
+            pair.run(3000)
+            again = [failed.reason for failed in pair.told(Failed)]
+            if again:
+                pair.hand(101, 1, ids(30), emitted=pair.tokens.get(1, []), max_tokens=6)
+                pair.run(3000)
+            assert pair.tokens[1] == expected(request, 1, 6) and pair.restored, (side, step, again)
