@@ -10,6 +10,7 @@ BENCHES = {
     "mesh": "one row a mesh size: speed, collectives, memory beside the plan, equal tokens",
     "host": "what a step costs the host while the device does nothing",
     "decode": "the CPU decode step beside the time of reading the weights once",
+    "kv": "a move of KV blocks between two lanes beside a memcpy, and what its checksums cost",
     "load": "an artifact's load against that of a safetensors folder",
 }
 

@@ -1,14 +1,16 @@
 """Moves staged blocks from one lane's devices to another's in the same process, and to the host.
 
-    staged on mesh A --cut each shard in units--> unit --device_put--> unit --join--> staged on mesh B
-                       (A splits less)                                  (B splits less)
+    staged on mesh A --cut each shard in units--> unit --to its device--> unit --join--> staged on mesh B
+                       (A splits less)                                    (B splits less)
 
 A unit is the most heads that every shard of both lanes holds whole. Each device's part goes straight to the devices
 that want it, and nothing waits, whatever the two meshes. Where A splits the heads as B does, only how often each is
 repeated differs, and nothing is cut or joined. `to_host` waits for the device, so it runs on no lane's thread.
 
-Cost: one copy to the other device, one more where shards are cut or joined; about 30 us of the caller an array and
-target device.
+The devices of a CPU share its memory: what is there already when it is carried is cut and handed on without a copy.
+
+Cost: one copy to the other device, one more where shards are cut or joined; on a CPU, of what is there, none but
+that of a join. About 10 us of the caller an array and target device.
 """
 
 import math
@@ -25,43 +27,61 @@ from engine.errors import DeviceError
 HEADS = PartitionSpec("kv", None, None, None, None)
 Arrays = TypeVar("Arrays", bound=tuple)  # keys_KLnCH, values_KLnCH
 Overlap = tuple[int, int, int, int]  # source shard, target shard, first head, stop head
+Part = Callable[[int, int], jax.Array | np.ndarray]  # (source shard, which of its units) -> the unit
 
 
 class Carrier:
-    """The way from one lane's mesh to another's; `overlaps` as sharding/overlap.py plans them."""
+    """The way from one lane's mesh to another's.
 
-    def __init__(self, source: Mesh, target: Mesh, overlaps: Sequence[Overlap]):
+    overlaps  as sharding/overlap.py plans them
+    shared    whether the devices share their memory; those of a CPU do
+    """
+
+    def __init__(self, source: Mesh, target: Mesh, overlaps: Sequence[Overlap], shared: bool | None = None):
         kv_heads = max(stop for _, _, _, stop in overlaps)
         wide, narrow = kv_heads // source.shape["kv"], kv_heads // target.shape["kv"]
-        unit = math.gcd(wide, narrow)
-        self._source, self._target = source, target
-        self._cuts, self._joins = wide // unit, narrow // unit
+        self._unit = math.gcd(wide, narrow)
+        self._cuts, self._joins = wide // self._unit, narrow // self._unit
         self._cut, self._join = _cut_program(source, self._cuts), _join_program(target)
-        self._sharding = NamedSharding(target, HEADS)
-        self._devices = target.devices.reshape(-1).tolist()
-        self._routes = [  # (which cut of the shard, of which source shard), by joined unit, then target shard
-            [route for route in _routes(overlaps, unit, self._cuts, self._joins) if route[0] == joined]
-            for joined in range(self._joins)
-        ]
+        self._kv, self._sharding = target.shape["kv"], NamedSharding(target, HEADS)
+        self._routes = _routes(overlaps, self._unit, self._cuts, self._joins, target.shape["rep"])
+        platforms = {device.platform for mesh in (source, target) for device in mesh.devices.flat}
+        self._shared = platforms == {"cpu"} if shared is None else shared
 
     def carry(self, staged: Arrays) -> Arrays:
-        """`staged` on the target mesh; returns at once. An error of its making comes with it (`arrived`)."""
-        units = self._cut(*staged) if self._cuts > 1 else tuple((array,) for array in staged)
-        moved = [[self._move(parts, joined) for joined in range(self._joins)] for parts in units]
-        arrays = self._join(*moved) if self._joins > 1 else (parts[0] for parts in moved)
-        return type(staged)(*arrays)
+        """`staged` on the target mesh; returns at once.
+
+        An error in the making of `staged` comes with what is returned (`arrived`), or is raised as DeviceError if
+        it is known already.
+        """
+        if self._shared and arrived(staged):
+            return self._deliver(staged, [_views(array, self._unit) for array in staged])
+        return self._send(staged)
 
     def warm_up(self, staged: Sequence[Arrays]) -> None:
         """Compile what moving arrays of these shapes takes, once each, and wait."""
         for each in staged:
-            jax.block_until_ready(self.carry(each))
+            jax.block_until_ready((self._send(each), self.carry(each)))
 
-    def _move(self, parts: Sequence[jax.Array], joined: int) -> jax.Array:
-        routes = self._routes[joined]
-        pieces = [parts[cut].addressable_data(shard) for _, cut, shard, _ in routes]
-        pieces = jax.device_put(pieces, self._devices)
-        shape = (pieces[0].shape[0] * self._target.shape["kv"], *pieces[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, self._sharding, pieces)
+    def _send(self, staged: Arrays) -> Arrays:
+        units = self._cut(*staged) if self._cuts > 1 else [(array,) for array in staged]
+        return self._deliver(staged, [_shards(each) for each in units])
+
+    def _deliver(self, staged: Arrays, parts: Sequence[Part]) -> Arrays:
+        moved = []
+        for array, part in zip(staged, parts, strict=True):
+            moved.append([self._place(array.shape, part, joined) for joined in range(self._joins)])
+        return type(staged)(*(self._join(*moved) if self._joins > 1 else (units[0] for units in moved)))
+
+    def _place(self, shape: tuple[int, ...], part: Part, joined: int) -> jax.Array:
+        """The units that are number `joined` of each target shard; replicas ask in turn, each of its own sender."""
+        senders = {kv: iter(routes) for kv, routes in self._routes[joined].items()}
+
+        def wanted(index: tuple[slice, ...]) -> jax.Array | np.ndarray:
+            return part(*next(senders[(index[0].start or 0) // self._unit]))
+
+        shape = (self._kv * self._unit, *shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, wanted)
 
 
 class HostShard(NamedTuple):
@@ -110,13 +130,24 @@ def to_host(staged: Sequence[jax.Array], count: int) -> tuple[np.ndarray, np.nda
     )
 
 
-def _routes(overlaps: Sequence[Overlap], unit: int, cuts: int, joins: int) -> list[tuple[int, int, int, int]]:
-    """(joined unit of the target shard, cut of the source shard, source shard, target shard), by target shard."""
-    routes = []
+def _shards(units: Sequence[jax.Array]) -> Part:
+    return lambda shard, unit: units[unit].addressable_data(shard)
+
+
+def _views(array: jax.Array, heads: int) -> Part:
+    """Units of `heads` heads as they stand in the memory of a CPU."""
+    return lambda shard, unit: np.asarray(array.addressable_data(shard))[unit * heads : (unit + 1) * heads]
+
+
+def _routes(
+    overlaps: Sequence[Overlap], unit: int, cuts: int, joins: int, rep: int
+) -> list[dict[int, list[tuple[int, int]]]]:
+    """By joined unit and kv index of the target: (source shard, which of its units), one a replica."""
+    routes: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(joins)]
     for source, target, first, stop in overlaps:
         for head in range(first, stop, unit):
-            routes.append((head // unit % joins, head // unit % cuts, source, target))
-    return sorted(routes, key=lambda route: route[3])
+            routes[head // unit % joins].setdefault(target // rep, []).append((source, head // unit % cuts))
+    return routes
 
 
 def _cut_program(mesh: Mesh, parts: int) -> Callable:

@@ -7,9 +7,9 @@ of a few sizes; a shorter list is padded with block 0, the sink: read for nothin
 size is two programs. Both dispatch and return: a gather reads what the steps before it wrote, and the steps behind
 a scatter see its blocks.
 
-Cost on a CPU: a gather about a copy of what it moves, a scatter less; no temporaries that grow with the pools. One
-array of a piece is held to PIECE_BYTES a device: past 32 MiB an allocator hands memory back to the system each
-time, and every page of it faults anew, which makes a copy three to five times slower.
+Cost on a CPU: about a copy of what moves each, and no temporaries that grow with the pools. A piece is small there:
+it stays in the caches from gather to scatter, and in memory that the allocator keeps; large arrays are handed back
+to the system each time, and every page of them faults anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from pallas_kernels.dispatch import platform_of
 
 MOST_SIZES = 4  # two programs each
 MOST_BLOCKS = 64
-PIECE_BYTES = 16 << 20
+CPU_PIECE_BYTES, PIECE_BYTES = 4 << 20, 32 << 20  # of an array on one device
 HEADS = PartitionSpec("kv", None, None, None, None)
 
 
@@ -38,13 +38,14 @@ class Staged(NamedTuple):
     values_KLnCH: jax.Array | np.ndarray
 
 
-def move_sizes(block_bytes: int, usable_blocks: int) -> tuple[int, ...]:
+def move_sizes(block_bytes: int, usable_blocks: int, platform: str) -> tuple[int, ...]:
     """The numbers of blocks that lanes which move blocks among them compile programs for, smallest first.
 
     block_bytes    keys of one block on one device, in the lane where that is most
     usable_blocks  of the smallest pool
     """
-    return ladder(1, max(min(MOST_BLOCKS, PIECE_BYTES // block_bytes, usable_blocks), 1), MOST_SIZES)
+    piece_bytes = CPU_PIECE_BYTES if platform == "cpu" else PIECE_BYTES
+    return ladder(1, max(min(MOST_BLOCKS, piece_bytes // block_bytes, usable_blocks), 1), MOST_SIZES)
 
 
 def cut(blocks: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from engine.movers.checksums import checksums
+from engine.movers.checksums import checksums, digests
 
 
 def drawn(shape, dtype=np.uint16, seed=0):
@@ -38,3 +38,14 @@ def test_any_part_has_the_checksums_of_the_whole():
     for part in (np.s_[1:3], np.s_[:, :, :5], np.s_[3:, :, 2:4], np.s_[:, 1:, ::2]):
         assert np.array_equal(checksums(keys[part], values[part]), whole[part])
     assert checksums(keys[:, :, :0], values[:, :, :0]).shape == (4, 2, 0)
+
+
+def test_a_digest_is_of_all_keys_and_then_all_values_of_one_head():
+    keys, values = drawn((3, 2, 4, 8, 16)), drawn((3, 2, 4, 8, 16), seed=1)
+    found = digests(keys, values)
+    assert found.tolist() == [xxh3_64_intdigest(keys[k].tobytes() + values[k].tobytes()) for k in range(3)]
+    assert np.array_equal(digests(keys[1:], values[1:]), found[1:])
+    cut = keys[:, :, :3], values[:, :, :3]
+    assert np.array_equal(digests(*cut), digests(*(array.copy() for array in cut)))
+    values[2, 1, 3, 7, 15] ^= 1
+    assert (digests(keys, values) != found).tolist() == [False, False, True]

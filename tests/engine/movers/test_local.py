@@ -22,9 +22,9 @@ def lane(tp, kv_heads, offset=0):
     return lane_meshes(MeshSpec(tp=tp), HEADS_OF_MODEL, kv_heads, devices)[0]
 
 
-def carrier(source, target, kv_heads):
+def carrier(source, target, kv_heads, shared=None):
     axes = [(mesh.shape["kv"], mesh.shape["rep"]) for mesh in (source, target)]
-    return Carrier(source, target, overlaps(kv_heads, *axes))
+    return Carrier(source, target, overlaps(kv_heads, *axes), shared)
 
 
 def drawn(mesh, kv_heads, count=3, dtype=np.uint16, seed=0):
@@ -40,12 +40,13 @@ ALL = [(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)]
 def expect_carried(kv_heads, source_tp, target_tp, dtype):
     source, target = lane(source_tp, kv_heads), lane(target_tp, kv_heads, 8 - target_tp)
     staged = drawn(source, kv_heads, dtype=dtype)
-    moved = carrier(source, target, kv_heads).carry(staged)
-    for before, after in zip(staged, moved, strict=True):
-        assert after.sharding == NamedSharding(target, HEADS) and after.dtype == dtype
-        whole = np.asarray(before)
-        for shard in after.addressable_shards:
-            assert np.array_equal(np.asarray(shard.data), whole[shard.index])
+    for shared in (True, False):
+        moved = carrier(source, target, kv_heads, shared).carry(staged)
+        for before, after in zip(staged, moved, strict=True):
+            assert after.sharding == NamedSharding(target, HEADS) and after.dtype == dtype
+            whole = np.asarray(before)
+            for shard in after.addressable_shards:
+                assert np.array_equal(np.asarray(shard.data), whole[shard.index])
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
@@ -85,6 +86,7 @@ def test_a_carry_waits_for_nothing():
     moved = way.carry(pending)
     waited = pending.keys_KLnCH.is_ready()
     assert not waited and not arrived(moved)
+    jax.block_until_ready(moved)
     assert np.array_equal(np.asarray(moved.values_KLnCH), np.asarray(staged.values_KLnCH)) and arrived(moved)
 
 
@@ -125,6 +127,18 @@ def test_checksums_are_those_of_the_content_on_any_mesh():
         shards = host_shards(drawn(lane(tp, 4), 4), 3)
         found.append(np.concatenate([checksums(shard.keys_KLnCH, shard.values_KLnCH) for shard in shards]))
     assert all(np.array_equal(found[0], other) for other in found[1:]) and found[0].shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize("tps, first", [((2, 4), 1), ((4, 4), 2)], ids=str)
+def test_on_a_cpu_what_is_there_is_handed_on_without_a_copy(tps, first):
+    source, target = lane(tps[0], 4), lane(tps[1], 4, 4)
+    staged = jax.block_until_ready(drawn(source, 4))
+    moved = carrier(source, target, 4).carry(staged)
+    heads = [array.addressable_data(shard) for array, shard in ((staged[1], first), (moved[1], 2))]
+    assert heads[0].unsafe_buffer_pointer() == heads[1].unsafe_buffer_pointer()
+    wanted = np.array(staged.values_KLnCH)
+    del staged, heads
+    assert np.array_equal(np.asarray(moved.values_KLnCH), wanted), "the memory lives as long as who reads it"
 
 
 def test_a_move_whose_making_failed_is_told_before_it_is_used():

@@ -12,7 +12,7 @@ from engine.runner import moves
 from engine.runner.buckets import Bucket
 from engine.runner.compiles import CompileCounter
 from engine.runner.draws import BLANK
-from engine.runner.moves import MOST_BLOCKS, PIECE_BYTES, MovePrograms, Staged, cut, move_sizes
+from engine.runner.moves import CPU_PIECE_BYTES, MOST_BLOCKS, PIECE_BYTES, MovePrograms, Staged, cut, move_sizes
 from engine.runner.state import POOL
 from sharding.mesh import MeshSpec, lane_meshes
 from sharding.overlap import overlaps
@@ -159,9 +159,10 @@ def test_a_list_is_cut_in_pieces_that_the_programs_hold():
 
 
 def test_sizes_are_few_and_a_piece_stays_small():
-    assert move_sizes(1, 1000) == (1, 4, 16, MOST_BLOCKS)
-    assert move_sizes(PIECE_BYTES // 4, 1000) == (1, 2, 4) and move_sizes(10 * PIECE_BYTES, 1000) == (1,)
-    assert move_sizes(1, 5)[-1] == 5 and all(2 * len(move_sizes(b, 200)) <= 12 for b in (1, 1 << 18, 1 << 22))
+    assert move_sizes(1, 1000, "cpu") == (1, 4, 16, MOST_BLOCKS) and move_sizes(1, 5, "cpu")[-1] == 5
+    for platform, most in (("cpu", CPU_PIECE_BYTES), ("cuda", PIECE_BYTES)):
+        assert move_sizes(most // 4, 1000, platform) == (1, 2, 4) and move_sizes(10 * most, 1000, platform) == (1,)
+        assert all(2 * len(move_sizes(size, 200, platform)) <= 12 for size in (1, 1 << 18, 1 << 22))
 
 
 def test_nothing_is_compiled_by_any_number_of_blocks():
