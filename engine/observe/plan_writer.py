@@ -164,8 +164,9 @@ def open_log(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_mode & 0o077 or status.st_uid != os.geteuid():
-            expected = f"a folder of mode 0700 of this user (chmod 700 {folder}): it will hold prompts as token ids"
-            raise ConfigError(wrong("plan_log", f"{folder} of mode {status.st_mode & 0o777:04o}", expected))
+            got = f"a folder of mode {status.st_mode & 0o777:04o}"
+            expected = f"0700, owned by this user: it will hold prompts as token ids; chmod 700 {folder}"
+            raise ConfigError(wrong("plan_log", got, expected), field="plan_log")
         path, file = _fresh(folder, re.sub(r"[^\w-]", "-", header.lane))
     except OSError as error:
         expected = f"a folder that can be written ({error.strerror})"

@@ -27,13 +27,13 @@ FLOATS = ("logprob", "top_logprobs")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first point that came out otherwise; `what` is a field of StepResult."""
+    """The first point that came out otherwise; `what` is a field of StepResult, or an entry such as top_ids[3]."""
 
     step: int
     point: int
     what: str
-    wanted: object
-    got: object
+    wanted: float
+    got: float
 
 
 @dataclass(slots=True)
@@ -68,16 +68,18 @@ def differing(wanted: StepResult, got: StepResult, tolerance: float) -> tuple[np
         left, right = getattr(wanted, name), getattr(got, name)
         if left is None:
             continue
-        other = ~_alike(left, right, tolerance if name in FLOATS else 0.0).reshape(len(left), -1).all(axis=1)
-        if other.any() and (first is None or int(other.argmax()) < first.point):
-            point = int(other.argmax())
-            first = Difference(wanted.step, point, name, left[point].tolist(), right[point].tolist())
+        right = np.asarray(right, left.dtype)
+        entries = ~_alike(left, right, tolerance if name in FLOATS else 0.0)
+        other = entries.any(axis=1) if entries.ndim > 1 else entries
         unlike |= other
+        if other.any() and (first is None or int(other.argmax()) < first.point):
+            place = np.unravel_index(entries.argmax(), entries.shape)
+            what = name if entries.ndim == 1 else f"{name}[{place[1]}]"
+            first = Difference(wanted.step, int(place[0]), what, left[place].item(), right[place].item())
     return unlike, first
 
 
 def _alike(left: np.ndarray, right: np.ndarray, tolerance: float) -> np.ndarray:
-    right = np.asarray(right, left.dtype)
     if left.dtype.kind != "f":
         return left == right
     with np.errstate(invalid="ignore"):
