@@ -213,9 +213,10 @@ def read_map(data: bytes, schema: Mapping[str, tuple[type, ...]], what: str) -> 
 
     def checked(items: list[tuple]) -> dict:
         """Called for the innermost map first, so that a map in a map is refused before it grows."""
-        found = dict(items)
-        alike = len(items) == len(found) and found.keys() == schema.keys()
-        _require(alike, f"{what}: got a map of other keys than {', '.join(schema)}, each once")
+        found = dict(items)  # no more items than keys of the schema, so none of all of these stands twice
+        _require(
+            found.keys() == schema.keys(), f"{what}: got a map of other keys than {', '.join(schema)}, each once"
+        )
         return found
 
     try:

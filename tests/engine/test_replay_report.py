@@ -6,13 +6,17 @@ import re
 import shutil
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from engine import cli, embedded, replay_report
 from engine.config import Settings
+from engine.core.plan import StepPlan
 from engine.errors import ConfigError, Malformed, ModelError
 from engine.llm import LLM
+from engine.observe.metrics import Metrics
 from engine.observe.plan_log import PlanLog
 from engine.observe.plan_writer import open_log
+from engine.replica import build
 
 SMALL = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_model_len": 64, "kv_memory": 2**24}
 INVARIANT = Settings(mesh="tp=1", numerics="invariant")
@@ -110,6 +114,17 @@ def test_a_model_that_was_changed_in_place_is_another(logged, tmp_path):
     config.write_text(config.read_text() + " ")
     with pytest.raises(ModelError, match="revision: got"):
         report(logged, dataclasses.replace(INVARIANT, model=str(tmp_path / "model")))
+
+
+def test_a_log_that_stops_is_counted_and_without_the_setting_there_is_none(logged, tmp_path):
+    header, metrics = PlanLog(logged).header, Metrics(CollectorRegistry())
+    device = build.recorded(Settings(plan_log=tmp_path / "small", plan_log_size=1000), header, None, metrics)
+    for record in PlanLog(logged).records():
+        if isinstance(record, StepPlan):
+            device.log.plan(record)
+    device.log.close()
+    assert metrics.value("plan_logs_stopped", "size") == 1 and device.log.stopped == "size"
+    assert build.recorded(Settings(), header, None, metrics) is None
 
 
 def test_a_log_is_replayed_on_one_lane(logged):

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.core.plan import Load, StepPlan, StepResult
+from engine.core.plan import BLOCK, COUNT, DRAW, SCORE, START, Draw, Load, StepPlan, StepResult
+from engine.core.plan import ROW as ROW_OF
 from engine.errors import Malformed
 from engine.observe.plan_bytes import (
+    LOAD,
     MAX_BYTES,
     PLAN,
     RESULT,
@@ -108,6 +110,7 @@ def test_every_cut_of_a_plan_is_malformed(steps):
     [
         b"\x91" * 100_000,
         b"\xdd\xff\xff\xff\xff",
+        b"\x9f" + b"\xc0" * 15,
         b"\xdf\xff\xff\xff\xff",
         b"\xc6\xff\xff\xff\xff",
         b"\x8c" + b"\x80" * 12,
@@ -116,11 +119,22 @@ def test_every_cut_of_a_plan_is_malformed(steps):
         b"\xd6\x05abcd",
         b"\x81\x01\x02",
     ],
-    ids=["nested", "array32", "map32", "bin32", "maps", "nested maps", "timestamp", "extension", "number as key"],
+    ids=[
+        "nested",
+        "array32",
+        "array",
+        "map32",
+        "bin32",
+        "maps",
+        "nested maps",
+        "timestamp",
+        "extension",
+        "number as key",
+    ],
 )
 def test_what_msgpack_has_and_the_schema_has_not_is_malformed(bomb):
     for decode in (decode_plan, decode_result):
-        with pytest.raises(Malformed):
+        with pytest.raises(Malformed, match="no msgpack map|other keys"):
             decode(bomb)
 
 
@@ -165,6 +179,80 @@ def test_a_plan_that_says_of_itself_what_it_is_not_is_malformed(steps, change, w
     good = msgpack.unpackb(encode_plan(steps.plan(seed)))
     with pytest.raises(Malformed, match=words):
         decode_plan(msgpack.packb(good | change))
+
+
+ROW = np.array([[0, 3, 3, 1, 1, 1]], np.int32)
+LOADED = Load(0, np.arange(5, dtype=np.int32), np.array([7], np.int32), Draw(*[1] * 10, ((1, 2.0),), 1, (4,), -1))
+
+
+def one(change=lambda rows: None, one_token=False, plain=False, **load) -> StepPlan:
+    """A plan of one row and one load, its sums right whatever is changed."""
+    rows = ROW.copy()
+    change(rows[0])
+    loads = (dataclasses.replace(LOADED, **load),)
+    return StepPlan(1, rows, loads, int(rows[0, COUNT]), int(rows[0, 4:].sum()), one_token, plain)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (SCORE, 3, "more points than tokens"),
+        (DRAW, 2, "more points than tokens"),
+        (COUNT, -1, "negative"),
+        (START, -1, "negative"),
+        (BLOCK, -2, "negative"),
+    ],
+)
+def test_a_row_that_cannot_be_is_malformed(place, value, words):
+    assert same(decode_plan(encode_plan(one())), one())
+    with pytest.raises(Malformed, match=words):
+        decode_plan(encode_plan(one(lambda row: row.__setitem__(place, value))))
+
+
+def test_rows_of_several_tokens_are_no_plan_of_one_token():
+    with pytest.raises(Malformed, match="rows of more than one token"):
+        decode_plan(encode_plan(one(one_token=True)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("row", -1, "negative size or row"), ("num_tokens", -1, "negative size"), ("num_stops", 2, "than they say")],
+)
+def test_a_load_that_cannot_be_is_malformed(field, value, words):
+    good = msgpack.unpackb(encode_plan(one()))
+    record = np.frombuffer(good["loads"], LOAD).copy()
+    record[field] = value
+    with pytest.raises(Malformed, match=words):
+        decode_plan(msgpack.packb(good | {"loads": record.tobytes()}))
+    with pytest.raises(Malformed, match="biases without their values"):
+        decode_plan(msgpack.packb(good | {"bias_values": b""}))
+
+
+def test_a_switch_of_a_result_is_0_or_1(steps):
+    good = msgpack.unpackb(encode_result(steps.result(1)))
+    with pytest.raises(Malformed, match="one switch a point"):
+        decode_result(msgpack.packb(good | {"finite": b"\2" * len(good["finite"])}))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (one(lambda row: row.__setitem__(START, 63)), "past those of this lane"),
+        (one(lambda row: row.__setitem__(BLOCK, 40)), "past those of this lane"),
+        (one(lambda row: row.__setitem__(ROW_OF, 16)), "past those of this lane"),
+        (one(lambda row: row.__setitem__(COUNT, 601)), "more tokens than a step"),
+        (one(row=16), "larger than a row"),
+        (one(tokens=np.zeros(65, np.int32)), "larger than a row"),
+        (one(blocks=np.ones(17, np.int32)), "larger than a row"),
+        (one(tokens=np.array([997], np.int32)), "past the vocabulary"),
+        (one(tokens=np.array([-1], np.int32)), "past the vocabulary"),
+        (one(blocks=np.array([40], np.int32)), "past the pool"),
+    ],
+)
+def test_a_plan_that_would_touch_what_the_lane_does_not_have_is_refused(steps, plan, words):
+    check_plan(one(), steps.HEADER.bounds)
+    with pytest.raises(Malformed, match=words):
+        check_plan(decode_plan(encode_plan(plan)), steps.HEADER.bounds)
 
 
 @pytest.mark.parametrize("name", ["num_blocks", "max_rows", "max_length", "max_tokens", "vocab"])

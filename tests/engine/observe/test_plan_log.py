@@ -4,14 +4,15 @@ import logging
 import os
 import stat
 import threading
+import zlib
 
 import numpy as np
 import pytest
 
 from engine.errors import ConfigError, Malformed
 from engine.observe import plan_writer
-from engine.observe.plan_bytes import encode_plan
-from engine.observe.plan_log import FRAME, MAGIC, PLAN, Failure, Moved, PlanLog, Reset, frame
+from engine.observe.plan_bytes import MAX_BYTES, encode_plan
+from engine.observe.plan_log import FRAME, HEAD, MAGIC, PLAN, Failure, Moved, PlanLog, Reset, frame
 from engine.observe.plan_writer import PlanWriter, open_log
 
 LARGE = 1 << 30
@@ -110,6 +111,14 @@ def test_a_changed_byte_anywhere_is_found_and_its_record_named(folder, steps):
         list(PlanLog(path).records())
 
 
+def test_a_head_that_claims_more_than_a_record_may_have_is_damage_and_no_end(folder, steps):
+    path = write(folder, steps, count=0)
+    head = HEAD.pack(PLAN, MAX_BYTES + 1)
+    path.write_bytes(path.read_bytes() + FRAME.pack(PLAN, MAX_BYTES + 1, zlib.crc32(head), 0))
+    with pytest.raises(Malformed, match="record 4: got a head"):
+        list(PlanLog(path).records())
+
+
 def test_a_record_that_is_whole_and_says_nothing_known_is_named(folder, steps):
     path = write(folder, steps, count=0)
     data = path.read_bytes()
@@ -168,6 +177,17 @@ def test_a_log_keeps_to_its_size(folder, steps, caplog):
     [path] = folder.iterdir()
     again = PlanLog(path)
     assert len(list(again.records())) >= 3 and again.lost_bytes == 0 and 3000 < path.stat().st_size <= 5000
+
+
+def test_a_log_that_stopped_says_nothing_more_when_its_disk_fails_too(steps, caplog):
+    reading, writing = os.pipe()
+    told = []
+    log = PlanWriter(writing, steps.HEADER, 200_000, told.append)  # the pipe holds less, and its writer waits
+    while not log.stopped:
+        log.plan(steps.plan(1))
+    os.close(reading)
+    log.close()
+    stopped(log, told, caplog, "size", "the 200000 bytes")
 
 
 def test_a_step_that_no_record_can_hold_stops_the_log(folder, steps, caplog):

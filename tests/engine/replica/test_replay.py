@@ -16,13 +16,14 @@ from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import Malformed
 from engine.observe.metrics import Metrics
-from engine.observe.plan_log import FRAME, Header, PlanLog
+from engine.observe.plan_log import FRAME, Failure, Header, PlanLog
 from engine.observe.plan_writer import PlanWriter, open_log
 from engine.replica.lane import Lane
 from engine.replica.recorded import Recorded
 from engine.replica.replay import Replay, differing
 from engine.sim.runner import ModelledRunner, alone
 
+FULL = ("logprob", "rank", "top_ids", "top_logprobs")
 BLOCKS, BLOCK, ROWS, LENGTH, TOKENS, VOCAB = 60, 4, 6, 64, 16, 997
 WHAT = {"lane": "0", "model": "hash", "revision": "r1", "dtype": "float32", "numerics": "invariant", "mesh": "tp=1"}
 SIZES = {"num_blocks": BLOCKS, "block_size": BLOCK, "max_rows": ROWS, "max_length": LENGTH, "max_tokens": TOKENS}
@@ -167,6 +168,9 @@ def test_failures_of_the_device_are_replayed_around(life, folder, seed):
         lived.lane.turn()
     lived.run().log.close()
     outcome = again(folder).run()
+    failures = [r for r in PlanLog(max(folder.iterdir())).records() if isinstance(r, Failure)]
+    assert [f.step for f in failures if f.at == "launch"] == [2, 5]
+    assert [f.step for f in failures if f.at == "collect"] == [4, 20]
     assert lived.right() and not lived.device.fail_collect
     assert outcome.equal and (outcome.resets, outcome.failures) == (2, 4)
 
@@ -210,14 +214,25 @@ def test_results_that_answer_no_plan_are_malformed(folder, life):
     life().some().log.close()
     path = max(folder.iterdir())
     records = list(PlanLog(path).records())
-    number = next(k for k, r in enumerate(records) if isinstance(r, StepResult))
+    number = next(k for k, r in enumerate(records) if isinstance(r, StepResult) and r.rank is not None)
     for change, words in (
         (lambda r: StepResult(r.step + 1, r.tokens, r.finite), "no plan in flight"),
+        (lambda r: replace(r, **dict.fromkeys(FULL, None)), "of the other kind than its plan"),
         (lambda r: StepResult(r.step, np.zeros(9, np.int32), np.ones(9, bool)), "no plan in flight"),
     ):
         changed(path, number, change)
-        with pytest.raises(Malformed, match=f"record {number + 1}: got a result of step .* {words}"):
+        with pytest.raises(Malformed, match=f"record {number + 1}: got a result of step .*{words}"):
             again(folder).run()
+
+
+def test_a_step_behind_a_failure_needs_a_reset(folder, life):
+    lived = life()
+    lived.submit()
+    lived.lane.turn()
+    lived.log.failure(0, "collect", RuntimeError())
+    lived.run().log.close()
+    with pytest.raises(Malformed, match="record 3: got a step on a device that had failed"):
+        again(folder).run()
 
 
 def test_a_plan_of_another_lane_is_refused_before_it_reaches_the_device(folder, life):
