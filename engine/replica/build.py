@@ -25,9 +25,8 @@ from engine.errors import ConfigError, wrong
 from engine.models.config import ModelConfig, from_hf
 from engine.observe.metrics import Metrics
 from engine.observe.plan_log import Header
-from engine.observe.plan_writer import open_log
+from engine.observe.plan_writer import PlanWriter, open_log
 from engine.planning import Choice, Device, decide
-from engine.replica.lane import Device as LaneDevice
 from engine.replica.lane import Lane
 from engine.replica.recorded import Recorded
 from engine.replica.replica import ModelInfo, Replica
@@ -62,6 +61,10 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     made = Replica(
         info, text, limits, clock or SystemClock(), Metrics(CollectorRegistry()), max_open=settings.max_calls
     )
+    logs = [
+        open_plan_log(settings, plan_header(str(index), settings.model, folder, config, choice, mesh), made.metrics)
+        for index, mesh in enumerate(meshes)
+    ]
     runners = [make_runner(settings, folder, config, choice, mesh, progress) for mesh in meshes]
     root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
     for index, runner in enumerate(runners):
@@ -76,8 +79,8 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
             settings.prefix_cache,
         )
         scheduler = Scheduler(shape, root)
-        header = plan_header(str(index), settings.model, folder, config, choice, runner.model.mesh)
-        device = recorded(settings, header, runner, made.metrics)
+        log = logs[index]
+        device = runner if log is None else Recorded(runner, log)
         made.add_lane(
             lambda sink, i=index, s=scheduler, d=device: Lane(str(i), s, d, made.clock, made.metrics, sink)
         )
@@ -139,15 +142,15 @@ def _version(name: str) -> str:
         return ""  # run from a folder, not installed
 
 
-def recorded(settings: Settings, header: Header, runner: Runner, metrics: Metrics) -> LaneDevice:
-    """The device of a lane: `runner`, with a log around it where the settings ask for one."""
+def open_plan_log(settings: Settings, header: Header, metrics: Metrics) -> PlanWriter | None:
+    """The log of a lane's steps where the settings ask for one. Raises ConfigError."""
     if settings.plan_log is None:
-        return runner
+        return None
 
     def told(cause: str) -> None:
         metrics.add("plan_logs_stopped", label=cause)
 
-    return Recorded(runner, open_log(settings.plan_log, header, settings.plan_log_size, told))
+    return open_log(settings.plan_log, header, settings.plan_log_size, told)
 
 
 def choose(settings: Settings, config: ModelConfig, stated: np.dtype) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:

@@ -118,13 +118,20 @@ def test_a_model_that_was_changed_in_place_is_another(logged, tmp_path):
 
 def test_a_log_that_stops_is_counted_and_without_the_setting_there_is_none(logged, tmp_path):
     header, metrics = PlanLog(logged).header, Metrics(CollectorRegistry())
-    device = build.recorded(Settings(plan_log=tmp_path / "small", plan_log_size=1000), header, None, metrics)
+    log = build.open_plan_log(Settings(plan_log=tmp_path / "small", plan_log_size=1000), header, metrics)
     for record in PlanLog(logged).records():
         if isinstance(record, StepPlan):
-            device.log.plan(record)
-    device.log.close()
-    assert metrics.value("plan_logs_stopped", "size") == 1 and device.log.stopped == "size"
-    assert build.recorded(Settings(), header, None, metrics) is None
+            log.plan(record)
+    log.close()
+    assert metrics.value("plan_logs_stopped", "size") == 1 and log.stopped == "size"
+    assert build.open_plan_log(Settings(), header, metrics) is None
+
+
+def test_a_folder_that_will_not_do_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "load", lambda *_, **__: pytest.fail("weights were read"))
+    tmp_path.chmod(0o755)
+    with pytest.raises(ConfigError, match="plan_log: got 'a folder of mode 0755'"):
+        LLM("embedded", mesh="tp=1", plan_log=tmp_path, **SMALL)
 
 
 def test_a_log_is_replayed_on_one_lane(logged):
