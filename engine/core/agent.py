@@ -102,6 +102,8 @@ class Agent:
 
     def _prefill(self, now: float, message: Prefill) -> None:
         number = message.handoff
+        if number in self._over:  # the target's last word overtook the front's first
+            return
         total = -(-(len(message.request.prompt_ids) - 1) // self.scheduler.shape.block_size)
         self._prompts[number] = self.scheduler.prefill(message.request, number)
         self.sources[number] = Source(number, message.target, total, heard_at=now)
@@ -140,11 +142,12 @@ class Agent:
                 self._early[number] = (sender, message)
                 while len(self._early) > EARLY:
                     self._early.popitem(last=False)
-        elif isinstance(message, Stop):
-            self._early.pop(number, None)
-            self._send(sender, [Stopped(number, "complete" if number in self._over else "unknown")])
         else:
-            self._send(sender, [handoff.Released(number)])
+            known = number in self._over
+            self._early.pop(number, None)
+            self._forget(number, "the target needs nothing")
+            stopped = Stopped(number, "complete" if known else "unknown")
+            self._send(sender, [stopped if isinstance(message, Stop) else handoff.Released(number)])
 
     def _to_target(self, now: float, sender: str, message: handoff.Message) -> None:
         target = self.targets.get(message.handoff)
@@ -176,12 +179,10 @@ class Agent:
     def fail(self, step: int, message: str) -> None:
         """Step `step` raised and the pool is gone: KV on its way here is lost, prompts are computed again."""
         self.work.clear()
-        for target in self.targets.values():
-            if target.state not in (*OVER, State.COMMITTED):
-                target.state, target.reason = State.ABORTED, "the device failed"
-                self._send(target.source, [Stop(target.handoff)])
-        for source in self.sources.values():
-            source.ready = 0
+        for number in self._expected:
+            target = self.targets[number]
+            target.state, target.reason = State.ABORTED, "the device failed"
+            self._send(target.source, [Stop(number)])
         self.scheduler.fail(step, message)
         self._take_events()
 
@@ -200,7 +201,8 @@ class Agent:
         tokens = submit.request.prompt_ids + submit.parts[0].emitted
         prefix = self.scheduler.chain(submit.request, tokens)
         count = -(-len(tokens) // self.scheduler.shape.block_size)
-        made = self.scheduler.reserved.reserve(target.handoff, prefix, count)
+        room = self.scheduler.room(count)
+        made = self.scheduler.reserved.reserve(target.handoff, prefix, count) if room else None
         if made is not None:
             self._send(target.source, target.reserved(now, made[1]))
         elif now - target.moved_at > handoff.STALLED_S:
@@ -235,9 +237,13 @@ class Agent:
         if source.state in OVER:
             del self.sources[source.handoff], self._prompts[source.handoff]
             self.scheduler.cancel(sequence, source.reason or "done")
-            self._over[source.handoff] = source.reason
-            while len(self._over) > REMEMBERED:
-                self._over.popitem(last=False)
+            self._forget(source.handoff, source.reason)
+
+    def _forget(self, number: int, reason: str) -> None:
+        """Remember of a source only that it is over."""
+        self._over.setdefault(number, reason)
+        while len(self._over) > REMEMBERED:
+            self._over.popitem(last=False)
 
     def _take_events(self) -> None:
         for event in self.scheduler.take_events():

@@ -138,11 +138,8 @@ class Target:
         return False, []
 
     def _part(self, now: float, part: Parts) -> tuple[bool, list[Message]]:
-        if (
-            part.generation != self.generation
-            or part.first != self.have
-            or part.num_blocks > self.asked - self.have
-        ):
+        wanted = self.generation, self.have
+        if (part.generation, part.first) != wanted or part.num_blocks > self.asked - self.have:
             return False, []
         if part.staged is None:
             self.bad += 1

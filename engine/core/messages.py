@@ -88,6 +88,11 @@ class Scored:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
+    def after(self, count: int) -> "Scored":
+        """Without the first `count` tokens."""
+        arrays = (self.logprob, self.rank, self.top_ids, self.top_logprobs)
+        return Scored(self.serial, self.first + count, *(array[count:] for array in arrays))
+
 
 class Over(NamedTuple):
     """A choice has ended; nothing follows. `reason` and `stop` as in events.Ended."""

@@ -36,7 +36,7 @@ MOVE_S = 5e-3  # a handoff, beside its prompt
 WAIT_ROW_S = 0.05  # for each sequence that waits
 FULL_S = 1.0  # a pool that has no room now
 SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
-MOST_LOSSES = 5  # attempts that ended with their lane, until the request counts as the cause
+MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts as the cause
 REMEMBERED = 1 << 16  # blocks whose lane is remembered
 
 
@@ -66,6 +66,7 @@ class Track:
     choice: int
     tokens: list[int] = field(default_factory=list)
     serial: int = 0
+    scored: int = 0  # prompt tokens whose log-probability was reported, the first, which has none, left out
     over: bool = False
 
 
@@ -126,13 +127,14 @@ Event = Started | Drawn | Scored | Ended
 class Router:
     """Requests over the lanes of one replica. Not thread-safe: one thread calls it."""
 
-    def __init__(self, block_size: int, root: bytes = b""):
+    def __init__(self, block_size: int, context: int, eos_ids: tuple[int, ...] = (), root: bytes = b""):
         self.lanes: dict[str, Lane] = {}
         self.outbox: list[tuple[str, messages.ToLane]] = []
         self.events: list[Event] = []
         self.journeys: dict[Journey, None] = {}
         self.recoveries = self.handoffs = self.gaps = 0
         self._block_size, self._root = block_size, root
+        self._context, self._eos_ids = context, eos_ids
         self._legs: dict[int, Leg] = {}  # by serial and by handoff
         self._tracks: dict[int, Track] = {}  # by serial
         self._serial = 0
@@ -188,6 +190,11 @@ class Router:
         for tracks in parked:
             self._place([track for track in tracks if not track.over])
 
+    def set_role(self, name: str, role: Role) -> None:
+        """Place requests on a lane by another role from now on; what it serves goes on there."""
+        if name in self.lanes:
+            self.lanes[name].role = role
+
     def lane_lost(self, name: str) -> None:
         """A lane's process is gone or cut off: what it served goes on elsewhere."""
         if self.lanes.pop(name, None) is None:
@@ -211,7 +218,7 @@ class Router:
                 if track is not None and not (leg is not None and leg.source and serial in leg.serials):
                     self.events.append(Started(track, cached))
             case messages.Scored(serial=serial) if (track := self._tracks.get(serial)) is not None:
-                self.events.append(Scored(track, message))
+                self._scored(track, message)
             case messages.Committed(handoff=number) if (leg := self._legs.pop(number, None)) is not None:
                 leg.handoff = 0
             case Failed(handoff=number) if (leg := self._legs.get(number)) is not None:
@@ -242,6 +249,15 @@ class Router:
         if entries:
             self.events.append(Drawn(emission, entries))
 
+    def _scored(self, track: Track, scores: messages.Scored) -> None:
+        known = track.scored + 1 - scores.first
+        if known < 0:
+            self.gaps += 1
+            self._again(self._legs[track.serial], "a score is missing")
+        elif known < len(scores.logprob):
+            track.scored = scores.first + len(scores.logprob) - 1
+            self.events.append(Scored(track, scores.after(known)))
+
     def _over(self, track: Track, over: messages.Over) -> None:
         self._close(track)
         self.events.append(Ended(track, over.reason, over.stop, over.error))
@@ -270,9 +286,23 @@ class Router:
             if journey.losses > MOST_LOSSES:
                 error = Unavailable(f"replica: {MOST_LOSSES} attempts failed, the last one because {reason}")
                 self.end(track, "error", error=error)
+            elif (last := self._finished(track)) is not None:  # only its terminal was lost
+                self.end(track, *last)
             else:
                 self.recoveries += 1
                 self._place([track])
+
+    def _finished(self, track: Track) -> tuple[str, int | None] | None:
+        """(reason, stop) of a choice that has drawn all it may."""
+        request = track.journey.request
+        stopping, length = request.stopping, len(request.prompt_ids) + len(track.tokens)
+        if not track.tokens:
+            return None
+        last = track.tokens[-1]
+        if last in stopping.stop_token_ids or (last in self._eos_ids and not stopping.ignore_eos):
+            return "stop", last
+        full = self._context if stopping.max_tokens is None else len(request.prompt_ids) + stopping.max_tokens
+        return ("length", None) if length >= full else None
 
     def _place(self, tracks: list[Track]) -> None:
         if not tracks:

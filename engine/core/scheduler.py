@@ -31,6 +31,7 @@ from engine.core.reservations import Reservations
 from engine.core.rows import NOBODY, Cohort, Picked, Rows
 from engine.core.sequence import Part, Sequence, State, sequences
 from engine.core.settle import settle
+from engine.core.waiting import Waiting
 from engine.errors import DeadlineExceeded, DeviceError, SeracError
 
 
@@ -76,7 +77,6 @@ class Draft:
     tokens_left: int
     points_left: int
     num_points: int
-    loads: list[Load] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ class Scheduler:
         self.pool = BlockPool(shape.num_blocks)
         self.reserved = Reservations(self.pool)
         self.rows = Rows(shape.max_rows, shape.max_length, shape.block_size, shape.vocab, shape.eos_ids)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: dict[int, Sequence] = {}  # by serial, oldest admission first
         self.prefilling: dict[int, Sequence] = {}  # by serial; running, its known tokens not all planned
         self.flights: deque[Flight] = deque()
@@ -110,6 +110,7 @@ class Scheduler:
         self.live: dict[int, Sequence] = {}
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._deadlines: list[tuple[float, int]] = []
+        self._loads: dict[int, Load] = {}  # by row, of those taken since the last plan
         self._serial = self._step = 0
         self._now = 0.0
         self._draining = False
@@ -151,10 +152,15 @@ class Scheduler:
         group = self.submit(request, seed, parts)
         leader = group[0]
         leader.blocks, leader.computed = blocks, computed
-        self.waiting.remove(leader)
-        self.waiting.appendleft(leader)
+        self.waiting.arrive(leader)
         self.publish(leader, blocks, computed)
         return group
+
+    def room(self, count: int) -> bool:
+        """Whether `count` blocks can be reserved without taking them from whoever waits for blocks first."""
+        hungry = self.waiting.hungry
+        wanted = 0 if hungry is None else -(-len(hungry.tokens) // self.shape.block_size)
+        return not self.suspects and count + wanted <= self.pool.available
 
     def cancel(self, sequence: Sequence, reason: str = "abort", error: SeracError | None = None) -> bool:
         """End `sequence` now, wherever it is; False when it is over already."""
@@ -243,14 +249,14 @@ class Scheduler:
             if newcomer.state is State.RESTING:
                 continue
             table = self.rows.table[newcomer.row, : self.rows.num_blocks[newcomer.row]].copy()
-            draft.loads.append(Load(newcomer.row, newcomer.tokens, table, newcomer.draw))
+            self._loads[newcomer.row] = Load(newcomer.row, newcomer.tokens, table, newcomer.draw)
             self._chunk(newcomer, draft)
 
     def _next(self) -> Sequence | None:
         """The next sequence to seat: the first that waits, or alone the first suspect."""
         if self.suspects:
             return self.suspects[0] if self.suspects[0].state is State.WAITING else None
-        return self.waiting[0] if self.waiting else None
+        return self.waiting.first
 
     def _seat(self, sequence: Sequence) -> bool:
         """Seat a waiting sequence with blocks for all it knows, shared ones first; False if the pool cannot."""
@@ -273,9 +279,9 @@ class Scheduler:
             self.cached_tokens += sequence.cached
             self.events.append(Started(sequence, self._now))
         sequence.blocks, sequence.computed = [], 0
+        self._say_computed(sequence, computed)
         if sequence.rests and computed == length:
             sequence.blocks, sequence.state = blocks, State.RESTING
-            self.events.append(Computed(sequence, computed))
             return True
         self.rows.seat(sequence, blocks + self.pool.take(missing), computed)
         self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence
@@ -288,6 +294,8 @@ class Scheduler:
         count = min(length - start, draft.tokens_left)
         if sequence.scores:
             count = min(count, max(sequence.scored - start, 0) + draft.points_left)
+            if length > sequence.prompt_length:  # points are the last tokens of a chunk: end where the scores end
+                count = min(count, sequence.prompt_length - 1 - start)
         last, draws = start + count == length, start + count == length and not sequence.rests
         if count <= 0 or sequence.held or (draws and draft.points_left <= 0):
             return
@@ -317,7 +325,8 @@ class Scheduler:
                 rows = np.append(cohort.numbers, [chunk.sequence.row for chunk in drawing])
                 serials = np.append(serials, [chunk.sequence.serial for chunk in drawing])
                 points = np.append(np.arange(count), [chunk.first_point + chunk.score for chunk in drawing])
-        plan = StepPlan(self._step, lines, tuple(draft.loads), num_tokens, draft.num_points, one_token, plain)
+        loads, self._loads = tuple(self._loads.values()), {}
+        plan = StepPlan(self._step, lines, loads, num_tokens, draft.num_points, one_token, plain)
         self.flights.append(Flight(plan, self.rows.era, rows, serials, points, chunks))
         self._step += 1
         return plan
@@ -337,7 +346,7 @@ class Scheduler:
         for sequence in reversed(leader.followers):
             if sequence.state is State.FOLLOWING:
                 sequence.state = State.WAITING
-                self.waiting.appendleft(sequence)
+                self.waiting.insert(sequence)
         leader.followers = []
 
     def publish(self, sequence: Sequence, blocks: list[int], settled: int) -> None:
@@ -361,11 +370,19 @@ class Scheduler:
         else:
             self.pool.drop(blocks)
 
-    def rest(self, sequence: Sequence) -> None:
-        """All that a prefilling sequence was to compute is settled: it leaves its row and keeps its blocks."""
-        sequence.blocks, _ = self.rows.leave(sequence)
-        self.running.pop(sequence.serial)
-        sequence.state = State.RESTING
+    def settle_prompt(self, sequence: Sequence, computed: int) -> None:
+        """A sequence that only prefills has got so far; at the end it leaves its row and keeps its blocks."""
+        self._say_computed(sequence, computed)
+        if computed == len(sequence.tokens) - 1:
+            sequence.blocks, _ = self.rows.leave(sequence)
+            self.running.pop(sequence.serial)
+            sequence.state = State.RESTING
+            if self.suspects and self.suspects[0] is sequence:
+                self.suspects.popleft()
+
+    def _say_computed(self, sequence: Sequence, positions: int) -> None:
+        if sequence.rests:
+            self.events.append(Computed(sequence, positions))
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not self.flights, "a sequence is preempted only when all it drew is known"
@@ -373,7 +390,8 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.insert(sequence)
+        self._say_computed(sequence, 0)
 
     def pass_trial(self, sequence: Sequence) -> None:
         """A suspect's lone step went well: it waits with the others again."""
@@ -417,17 +435,19 @@ class Scheduler:
         trial = bool(self.suspects)
         self.flights.clear()
         self.limbo.clear()
+        self._loads.clear()
         for sequence in reversed(list(self.running.values())):
             self._release(sequence, publish=False)
             sequence.state = State.WAITING
-            self.waiting.appendleft(sequence)
+            self.waiting.insert(sequence)
+        self.waiting.strip()
         self.pool = BlockPool(self.shape.num_blocks)
         self.reserved = Reservations(self.pool)
         for sequence in self.live.values():
             if sequence.state is State.RESTING:
-                sequence.state = State.WAITING
+                sequence.state, sequence.blocks = State.WAITING, []
                 self.waiting.append(sequence)
-            sequence.blocks, sequence.computed = [], 0
+            self._say_computed(sequence, 0)
         if trial:
             for sequence in culprits:
                 self._end(sequence, "error", error=DeviceError(message))

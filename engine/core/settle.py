@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.core.events import Computed, Emission, Scored
+from engine.core.events import Emission, Scored
 from engine.core.plan import StepResult
 from engine.core.rows import Picked
 from engine.core.sequence import Sequence
@@ -44,9 +44,7 @@ def _settle_chunk(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) ->
     if chunk.end >= sequence.prompt_length:
         scheduler.wake(sequence)
     if sequence.rests:
-        scheduler.events.append(Computed(sequence, chunk.end))
-        if chunk.end == len(sequence.tokens) - 1:
-            scheduler.rest(sequence)
+        scheduler.settle_prompt(sequence, chunk.end)
 
 
 def _settle_scores(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) -> bool:

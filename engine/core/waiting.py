@@ -1,0 +1,60 @@
+"""Sequences that want a row, in the order they get one.
+
+arrived   hold blocks already, whose KV came from another lane: first, since only a row lets their blocks go
+queue     hold nothing; who was preempted goes to the front
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from engine.core.sequence import Sequence
+
+
+class Waiting:
+    """Two queues seen as one."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[Sequence] = deque()
+        self._queue: deque[Sequence] = deque()
+
+    def append(self, sequence: Sequence) -> None:
+        """Wait behind the others."""
+        self._queue.append(sequence)
+
+    def insert(self, sequence: Sequence) -> None:
+        """Wait before the others that hold nothing."""
+        self._queue.appendleft(sequence)
+
+    def arrive(self, sequence: Sequence) -> None:
+        """`sequence`, which waits, has got blocks."""
+        self._queue.remove(sequence)
+        self._arrived.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It waits no longer."""
+        (self._arrived if sequence.blocks else self._queue).remove(sequence)
+
+    def strip(self) -> None:
+        """The pool is gone: nobody holds anything."""
+        for sequence in reversed(self._arrived):
+            sequence.blocks, sequence.computed = [], 0
+            self._queue.appendleft(sequence)
+        self._arrived.clear()
+
+    @property
+    def first(self) -> Sequence | None:
+        """Who is next."""
+        queue = self._arrived or self._queue
+        return queue[0] if queue else None
+
+    @property
+    def hungry(self) -> Sequence | None:
+        """The first that holds nothing."""
+        return self._queue[0] if self._queue else None
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._arrived
+        yield from self._queue
+
+    def __len__(self) -> int:
+        return len(self._arrived) + len(self._queue)

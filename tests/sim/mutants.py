@@ -1,0 +1,139 @@
+"""Bugs on purpose, one line each, in the code that serves: the simulator is worth what it finds of them.
+
+Each is a row: a name, the module, what stands there (once), what stands there instead. They are of the kinds that
+engines with prefill and decode pools have shipped: blocks given out too early, messages taken twice or too late,
+tokens of attempts that were given up, leaks, missing answers.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mutant(NamedTuple):
+    name: str
+    module: str
+    before: str
+    after: str
+
+
+ROWS = (
+    Mutant("publish a block when it is allocated", "engine.core.scheduler",
+           "        self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence\n",
+           "        self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence\n"
+           "        self.publish(sequence, self.rows.blocks(sequence.row), length)\n"),
+    Mutant("offer a block when its chunk is planned", "engine.core.scheduler",
+           "        table.computed[row] += count\n",
+           "        table.computed[row] += count\n        self._say_computed(sequence, start + count)\n"),
+    Mutant("keep offering the blocks of a preempted prompt", "engine.core.scheduler",
+           "        self.waiting.insert(sequence)\n        self._say_computed(sequence, 0)\n",
+           "        self.waiting.insert(sequence)\n"),
+    Mutant("share the block of the last token", "engine.core.scheduler",
+           "self.pool.share(sequence.chain[: (len(sequence.tokens) - 1) // size])",
+           "self.pool.share(sequence.chain[: len(sequence.tokens) // size])"),
+    Mutant("lose the record of a row that no step takes", "engine.core.scheduler",
+           "len(draft.chunks) == 0:\n            return None\n",
+           "len(draft.chunks) == 0:\n            self._loads.clear()\n            return None\n"),
+    Mutant("leak the blocks of what ends without a row", "engine.core.scheduler",
+           "        self.pool.drop(sequence.blocks)\n", ""),
+    Mutant("let blocks that wait for a row wait behind those without", "engine.core.waiting",
+           "queue = self._arrived or self._queue", "queue = self._queue or self._arrived"),
+    Mutant("evict a block and still find it", "engine.core.blocks",
+           "        del self._block_of[self._content_of.pop(block).key]\n", "        pass\n"),
+    Mutant("free one reference twice", "engine.core.blocks",
+           "self._refs[block] -= 1\n", "self._refs[block] -= 1 + (self._refs[block] > 1)\n"),
+    Mutant("count the draws of rows that were left", "engine.core.settle",
+           "    if flight.era != table.era:\n", "    if False:\n"),
+    Mutant("end a sequence one token late", "engine.core.rows",
+           "ends: np.ndarray = self._next[rows] >= self._end[rows]",
+           "ends: np.ndarray = self._next[rows] > self._end[rows]"),
+    Mutant("draw every choice alike", "engine.core.sequence", "choice=choice,\n", "choice=0,\n"),
+    Mutant("take a part of an earlier asking", "engine.core.handoff",
+           "(part.generation, part.first) != wanted", "part.first > self.have"),
+    Mutant("count a doubled part twice", "engine.core.handoff",
+           "(part.generation, part.first) != wanted", "part.generation != self.generation"),
+    Mutant("leave the last block behind", "engine.core.agent",
+           "        total = -(-(tokens - 1) // self.scheduler.shape.block_size)\n",
+           "        total = (tokens - 1) // self.scheduler.shape.block_size\n"),
+    Mutant("write a part over the blocks before it", "engine.core.agent",
+           "self.scheduler.reserved.held(target.handoff)[before : target.have]",
+           "self.scheduler.reserved.held(target.handoff)[: target.have - before]"),
+    Mutant("read the first blocks for every part", "engine.core.agent",
+           "self.scheduler.blocks_of(sequence)[first : first + count]",
+           "self.scheduler.blocks_of(sequence)[:count]"),
+    Mutant("say nothing of a handoff that failed", "engine.core.agent",
+           "                self._tell(Failed(target.handoff, target.reason))\n", "                pass\n"),
+    Mutant("keep what was reserved for a handoff that failed", "engine.core.agent",
+           "                self.scheduler.reserved.drop(target.handoff)\n                self._tell(Failed(",
+           "                self._tell(Failed("),
+    Mutant("commit KV that the device lost", "engine.core.agent",
+           '            target.state, target.reason = State.ABORTED, "the device failed"\n', ""),
+    Mutant("forget a target's last word before the front's first", "engine.core.agent",
+           "        if number in self._over:  # the", "        if False:  # the"),
+    Mutant("run what was cancelled before it began", "engine.core.agent",
+           "parts = tuple(part for part in expected.submit.parts if part.serial not in message.serials)",
+           "parts = expected.submit.parts"),
+    Mutant("never say Stop again", "engine.core.handoff",
+           "        return [Done(self.handoff) if self.state is State.COMMITTED else Stop(self.handoff)]\n",
+           "        return []\n"),
+    Mutant("never ask again", "engine.core.handoff",
+           "            return self._ask(now)\n        self.ask_at, self.wait_s = now",
+           "            return []\n        self.ask_at, self.wait_s = now"),
+    Mutant("take tokens of an attempt that was given up", "engine.core.router",
+           "            self._tracks.pop(track.serial, None)\n            if track.over:",
+           "            if track.over:"),
+    Mutant("go on with what had ended", "engine.core.router",
+           "            elif (last := self._finished(track)) is not None:  # only its terminal was lost\n",
+           "            elif (last := None) is not None:\n"),
+    Mutant("say the terminal twice", "engine.core.router",
+           "        if track.over:\n            return\n        leg =", "        leg ="),
+    Mutant("forget what a lost lane served", "engine.core.router",
+           '            self._again(leg, f"lane {name} was lost")\n', "            pass\n"),
+    Mutant("tell no lane that another is lost", "engine.core.router",
+           "            self._to(other, Fence(name))\n", "            pass\n"),
+    Mutant("leave a cancelled choice running", "engine.core.router",
+           "            self._to(leg.target, Cancel((track.serial,), handoff, reason))\n", ""),
+    Mutant("deliver a doubled packet twice", "engine.core.session",
+           "        if packet.number > self._received and len(self._early) < AHEAD:\n            self._early",
+           "        self._received = min(self._received, packet.number - 1)\n        if True:\n"
+           "            self._early"),
+    Mutant("never repeat a packet", "engine.core.session",
+           "        if self._unacknowledged and now >= self._again_at:\n", "        if False:\n"),
+    Mutant("wait for a silent lane for ever", "engine.core.session",
+           "        return now - self.heard_at > SILENT_S\n", "        return False\n"),
+    Mutant("go on after being refused", "engine.core.membership",
+           "            self.fenced |= answered.name == self.name\n", "            pass\n"),
+)  # fmt: skip
+
+
+class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads one module with one place changed."""
+
+    def __init__(self, mutant: Mutant):
+        self._mutant = mutant
+        self._path = ROOT / (mutant.module.replace(".", "/") + ".py")
+
+    def find_spec(self, name, path=None, target=None):
+        """Ours is the one module only."""
+        return importlib.util.spec_from_loader(name, self) if name == self._mutant.module else None
+
+    def exec_module(self, module):
+        """Run the changed source."""
+        exec(compile(changed(self._mutant), str(self._path), "exec"), module.__dict__)
+
+
+def changed(mutant: Mutant) -> str:
+    """The source with the bug in it. Raises AssertionError where the source has moved on."""
+    source = (ROOT / (mutant.module.replace(".", "/") + ".py")).read_text()
+    assert source.count(mutant.before) == 1, f"{mutant.name}: found {source.count(mutant.before)} times"
+    return source.replace(mutant.before, mutant.after)
+
+
+def install(mutant: Mutant) -> None:
+    """Import the module with the bug, before anything else imports it."""
+    assert mutant.module not in sys.modules
+    sys.meta_path.insert(0, _Loader(mutant))
