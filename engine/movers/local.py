@@ -74,7 +74,10 @@ class Carrier:
         return type(staged)(*(self._join(*moved) if self._joins > 1 else (units[0] for units in moved)))
 
     def _place(self, shape: tuple[int, ...], part: Part, joined: int) -> jax.Array:
-        """The units that are number `joined` of each target shard; replicas ask in turn, each of its own sender."""
+        """The units that are number `joined` of each target shard; replicas ask in turn, each of its own sender.
+
+        Where every shard is a replica of one and the same head JAX asks once, and one sender serves all.
+        """
         senders = {kv: iter(routes) for kv, routes in self._routes[joined].items()}
 
         def wanted(index: tuple[slice, ...]) -> jax.Array | np.ndarray:

@@ -5,7 +5,7 @@
 Heads come first in Staged, so that the heads of one shard, or any part of them, are one contiguous piece. n is one
 of a few sizes; a shorter list is padded with block 0, the sink: read for nothing, and written with anything. Each
 size is two programs. Both dispatch and return: a gather reads what the steps before it wrote, and the steps behind
-a scatter see its blocks.
+a scatter see its blocks. (XLA on a CPU runs what waits for nothing in the thread that dispatches it.)
 
 Cost on a CPU: about a copy of what moves each, and no temporaries that grow with the pools. A piece is small there:
 it stays in the caches from gather to scatter, and in memory that the allocator keeps; large arrays are handed back

@@ -89,7 +89,7 @@ class HandLane:
                     self.logprobs[self._keys[serial]].append(score)
             elif isinstance(event, Ended):
                 self.ended[self._keys[event.sequence.serial]] = event
-            else:
+            elif isinstance(event, Scored):
                 self.scored.append(event)
 
 

@@ -146,10 +146,33 @@ def test_a_move_copies_no_pool(program, dtype):
         assert large.programs.scatters[8].memory_analysis().alias_size_in_bytes >= pools
 
 
+def test_a_gather_and_a_scatter_wait_for_nothing():
+    """The pools are still being made when both have returned."""
+    source, target = Side(2, 8), Side(4, 8, offset=4, seed=1)
+    carrier = way(source, target, 8)
+    carrier.warm_up([source.gather([1] * 4)])
+
+    def slowly(pool):
+        x = jax.lax.fori_loop(0, 100, lambda _, x: jnp.tanh(x @ x), jnp.ones((400, 400), jnp.float32))
+        return pool + (x[0, 0] > 9).astype(pool.dtype)
+
+    lates = [jax.jit(slowly, out_shardings=side.pools[0].sharding) for side in (source, target)]
+    for side, late in zip((source, target), lates, strict=True):
+        jax.block_until_ready(late(side.pools[0]))
+    for side, late in zip((source, target), lates, strict=True):
+        side.pools = late(side.pools[0]), side.pools[1]
+    from_blocks, to_blocks = lists(3)
+    staged = source.gather(from_blocks)
+    target.scatter(to_blocks, carrier.carry(staged))
+    assert not staged.keys_KLnCH.is_ready() and not target.pools[0].is_ready()
+    target.expect(source, from_blocks, to_blocks)
+
+
 def test_a_list_is_cut_in_pieces_that_the_programs_hold():
     assert [list(piece) for piece in cut([5, 3, 9], (1, 4))] == [[5, 3, 9]]
     assert [len(piece) for piece in cut(range(70), (1, 8, 64))] == [64, 6]
     assert [len(piece) for piece in cut(range(20), (1, 8, 64))] == [8, 8, 4]
+    assert [len(piece) for piece in cut(range(3), (1, 8, 64))] == [1, 1, 1]
     assert list(cut([], (1, 8))) == []
     for count in range(1, 200):
         pieces = list(cut(range(count), SIZES))
