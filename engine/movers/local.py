@@ -34,7 +34,8 @@ class Carrier:
     """The way from one lane's mesh to another's.
 
     overlaps  as sharding/overlap.py plans them
-    shared    whether the devices share their memory; those of a CPU do
+    shared    whether the devices share their memory; those of a CPU do. What is carried then may be the very memory
+              that it came from, and to verify it again tells nothing
     """
 
     def __init__(self, source: Mesh, target: Mesh, overlaps: Sequence[Overlap], shared: bool | None = None):
@@ -46,7 +47,7 @@ class Carrier:
         self._kv, self._sharding = target.shape["kv"], NamedSharding(target, HEADS)
         self._routes = _routes(overlaps, self._unit, self._cuts, self._joins, target.shape["rep"])
         platforms = {device.platform for mesh in (source, target) for device in mesh.devices.flat}
-        self._shared = platforms == {"cpu"} if shared is None else shared
+        self.shared = platforms == {"cpu"} if shared is None else shared
 
     def carry(self, staged: Arrays) -> Arrays:
         """`staged` on the target mesh; returns at once.
@@ -54,7 +55,7 @@ class Carrier:
         An error in the making of `staged` comes with what is returned (`arrived`), or is raised as DeviceError if
         it is known already.
         """
-        if self._shared and arrived(staged):
+        if self.shared and arrived(staged):
             return self._deliver(staged, [_views(array, self._unit) for array in staged])
         return self._send(staged)
 

@@ -9,7 +9,7 @@ a scatter see its blocks. (XLA on a CPU runs what waits for nothing in the threa
 
 Cost on a CPU: about a copy of what moves each, and no temporaries that grow with the pools. A piece is small there:
 it stays in the caches from gather to scatter, and in memory that the allocator keeps; large arrays are handed back
-to the system each time, and every page of them faults anew. On a GPU (the programs compiled for an H200) a gather is
+to the system each time, and every page of them faults anew. On a GPU (compiled for an H200, not run) a gather is
 one kernel and a scatter one a pool, with no temporaries.
 """
 
