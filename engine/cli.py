@@ -39,7 +39,7 @@ class Verb(NamedTuple):
 
 def start_anew(settings: config.Settings) -> None:
     """Replace this process by one whose environment JAX will understand; returns when nothing is missing."""
-    wanted = environment.needed(settings.device, settings.mesh, os.environ)
+    wanted = environment.needed(settings.device, settings.lanes or settings.mesh, os.environ)
     if wanted:
         words = " ".join(f"{name}={value}" for name, value in wanted.items())
         print(f"serac: set {words}", file=sys.stderr, flush=True)

@@ -119,6 +119,9 @@ class Settings:
 
     model: str = row("embedded", TEXT, "a model folder, ORG/NAME in the local Hugging Face cache, or embedded")
     mesh: str = row("auto", TEXT, "devices: tp=4, dp=2,tp=4, a count, or auto")
+    lanes: str | None = row(
+        None, TEXT, "lanes by role instead of --mesh: 'prefill:tp=2, decode:tp=4'; roles prefill, decode, both"
+    )
     device: str = row("auto", one_of("auto", "cpu", "gpu"), "what to run on; auto takes the GPUs that are there")
     dtype: str = row(
         "auto", one_of("auto", "float32", "bfloat16", "float16"), "of weights and KV; auto suits the device"

@@ -47,7 +47,7 @@ def run(out: TextIO, server: Sequence[str] | None = None) -> int:
     server = command() if server is None else server
     print(f"Starting: serac {' '.join(server[3:])}", file=out, flush=True)
     with served(server) as facts, Client(str(facts["grpc"])) as client:
-        print(f"Ready: {facts['title']}, mesh {facts.get('mesh')}, gRPC on {facts['grpc']}", file=out)
+        print(f"Ready: {facts['title']}, lanes {facts.get('lanes')}, gRPC on {facts['grpc']}", file=out)
         show_stream(client, out)
         show_pair(client, out)
         show_chat(client, out)

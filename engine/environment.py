@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.lanes import device_count
 
 DRIVER = Path("/dev/nvidiactl")
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -49,5 +50,7 @@ def needed(device: str, mesh: str, environment: Mapping[str, str]) -> dict[str, 
 
 
 def virtual_devices(mesh: str) -> int:
-    """How many devices the sizes in `mesh` make together; what is no mesh is refused later, by name."""
+    """How many devices `mesh`, or a list of lanes, takes; what is neither is refused later, by name."""
+    if ":" in mesh:
+        return min(device_count(mesh), MOST_VIRTUAL)
     return min(math.prod(int(size) for size in re.findall(r"\d{1,4}", mesh)), MOST_VIRTUAL)

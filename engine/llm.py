@@ -10,6 +10,7 @@ turned by the calling thread.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from engine.replica.build import replica
 from engine.replica.delta import TokenLogprob, Usage
 from engine.replica.output import Output
 
+IDLE_S = 0.0005
 SAMPLING, STOPPING = Sampling.__dataclass_fields__, Stopping.__dataclass_fields__
 
 
@@ -92,8 +94,8 @@ class LLM:
                 completions[request.request_id] = [Completion(k) for k in range(request.sampling.n)]
                 outputs.append(self.replica.submit(request, take))
             while not all(output.done for output in outputs):
-                for lane in self.replica.lanes:
-                    lane.turn()
+                if not any([lane.turn() for lane in self.replica.lanes]):
+                    time.sleep(IDLE_S)  # blocks are on their way between lanes
         except BaseException:
             for output in outputs:
                 self.replica.abort(output.request.request_id)

@@ -82,17 +82,17 @@ def lane_meshes(
     """
     kv, rep = lane_axes(spec.tp, heads, kv_heads)
     devices = jax.devices() if devices is None else devices
-    check_devices(spec, len(devices))
+    check_devices(spec.size, len(devices), str(spec))
     lanes = np.array(devices[: spec.size], dtype=object).reshape(spec.dp, kv, rep)
     return tuple(Mesh(lane, TP, axis_types=(AxisType.Explicit,) * len(TP)) for lane in lanes)
 
 
-def check_devices(spec: MeshSpec, visible: int) -> None:
-    """Raises ShardingError when the mesh wants more devices than there are."""
-    if spec.size > visible:
+def check_devices(wanted: int, visible: int, what: str) -> None:
+    """Raises ShardingError when `what` wants more devices than there are."""
+    if wanted > visible:
         raise ShardingError(
-            f"mesh: {spec} needs more devices than there are: {spec.size} requested, {visible} visible; "
-            f"expected dp * tp of at most {visible}"
+            f"mesh: {what} needs more devices than there are: {wanted} requested, {visible} visible; "
+            f"expected at most {visible} together"
         )
 
 

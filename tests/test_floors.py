@@ -15,13 +15,23 @@ TOPS = ("engine", "sharding", "pallas_kernels", "bench")
 OPEN = {"engine.errors", "engine.clock", "engine.config", "engine.observe"}  # to every floor of engine from 2 up
 DEVICE = {"engine.models", "engine.weights", "sharding", "pallas_kernels", "jax", "flax", "numpy"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
-BUILT = {"engine.core", "engine.planning", "engine.text", "engine.replica", "engine.runner", "prometheus_client"}
+BUILT = {
+    "engine.core",
+    "engine.lanes",
+    "engine.movers",
+    "engine.planning",
+    "engine.text",
+    "engine.replica",
+    "engine.runner",
+    "prometheus_client",
+}
 STORES = {"flax", "orbax", "safetensors", "huggingface_hub"}
 MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine": set(),
     "engine.errors": set(),
     "engine.clock": {"engine.errors"},
     "engine.config": {"engine.errors", "engine.clock"},
+    "engine.lanes": {"engine.errors", "engine.core.roles"},
     "engine.core": {"engine.errors", "engine.clock", "numpy"},
     "engine.text": {"engine.errors", "engine.clock", "tokenizers", "jinja2", "llguidance"},
     "engine.observe": {"engine.errors", "engine.clock", "prometheus_client"},
@@ -48,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
 QUICK = {
     f"engine.{part}" for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk")
 }
-ANYTHING = QUICK | {"engine.launch", "engine.plan_report", "engine.replay_report", "engine.llm", "bench"}  # the top floor
+TOP = {"engine.launch", "engine.plan_report", "engine.replay_report", "engine.llm", "bench"}
+ANYTHING = QUICK | TOP
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")

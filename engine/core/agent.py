@@ -12,7 +12,7 @@ Cost: one pass over the open handoffs a turn, beside the scheduler's.
 from collections import Counter, OrderedDict
 from typing import NamedTuple
 
-from engine.core import events, handoff
+from engine.core import arrivals, events, handoff
 from engine.core.handoff import OVER, Fetch, Parts, Source, State, Stop, Stopped, Target
 from engine.core.messages import (
     FRONT,
@@ -35,7 +35,7 @@ from engine.core.plan import StepPlan, StepResult
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 
-PART_BLOCKS = 16  # most blocks in one part
+PART_BLOCKS = 16  # most blocks in one part, unless the lane says otherwise
 EARLY = 256  # fetches that came before their prompt did, kept for it
 REMEMBERED = 1024  # handoffs that are over, kept to answer late questions
 
@@ -58,8 +58,9 @@ class Scatter(NamedTuple):
 class Agent:
     """One lane's brain with its handoffs. Not thread-safe: one thread calls it."""
 
-    def __init__(self, name: str, scheduler: Scheduler):
+    def __init__(self, name: str, scheduler: Scheduler, part_blocks: int = PART_BLOCKS):
         self.name, self.scheduler = name, scheduler
+        self._part_blocks = part_blocks
         self.outbox: list[tuple[str, ToFront | handoff.Message]] = []
         self.work: list[Gather | Scatter] = []
         self.targets: dict[int, Target] = {}
@@ -105,7 +106,7 @@ class Agent:
         if number in self._over:  # the target's last word overtook the front's first
             return
         total = -(-(len(message.request.prompt_ids) - 1) // self.scheduler.shape.block_size)
-        self._prompts[number] = self.scheduler.prefill(message.request, number)
+        self._prompts[number] = arrivals.prefill(self.scheduler, message.request, number)
         self.sources[number] = Source(number, message.target, total, heard_at=now)
         if (early := self._early.pop(number, None)) is not None:
             self._to_source(now, *early)
@@ -176,8 +177,8 @@ class Agent:
         self.scheduler.collect(result)
         self._take_events()
 
-    def fail(self, step: int, message: str) -> None:
-        """Step `step` raised and the pool is gone: KV on its way here is lost, prompts are computed again."""
+    def fail(self, step: int | None, message: str) -> None:
+        """The device failed (in `step`, if one is to blame) and the pool is gone: KV on its way here is lost."""
         self.work.clear()
         for number in self._expected:
             target = self.targets[number]
@@ -199,9 +200,9 @@ class Agent:
     def _reserve(self, now: float, target: Target) -> None:
         submit = self._expected[target.handoff].submit
         tokens = submit.request.prompt_ids + submit.parts[0].emitted
-        prefix = self.scheduler.chain(submit.request, tokens)
+        prefix = arrivals.chain(self.scheduler, submit.request, tokens)
         count = -(-len(tokens) // self.scheduler.shape.block_size)
-        room = self.scheduler.room(count)
+        room = arrivals.room(self.scheduler, count)
         made = self.scheduler.reserved.reserve(target.handoff, prefix, count) if room else None
         if made is not None:
             self._send(target.source, target.reserved(now, made[1]))
@@ -216,7 +217,7 @@ class Agent:
             self._tell(Committed(target.handoff))
             if expected.submit.parts:
                 blocks = self.scheduler.reserved.written(target.handoff)
-                self.scheduler.adopt(*expected.submit, blocks, _known(expected.submit) - 1)
+                arrivals.adopt(self.scheduler, *expected.submit, blocks, _known(expected.submit) - 1)
             else:
                 self.scheduler.reserved.drop(target.handoff)
         if target.state in OVER:
@@ -228,7 +229,7 @@ class Agent:
     def _pump(self, source: Source) -> None:
         """List what may be sent; forget a source that is over."""
         sequence = self._prompts[source.handoff]
-        while (cut := source.next_parts(PART_BLOCKS)) is not None:
+        while (cut := source.next_parts(self._part_blocks)) is not None:
             first, count = cut
             blocks = self.scheduler.blocks_of(sequence)[first : first + count]
             part = Parts(source.handoff, source.generation, first, count, None)

@@ -11,7 +11,8 @@ Pure: `now` is an argument; packets are returned. Cost: a session a lane (engine
 from typing import NamedTuple
 
 from engine.core.messages import ToFront, ToLane
-from engine.core.router import Role, Router
+from engine.core.roles import Role
+from engine.core.router import Router
 from engine.core.session import AGAIN_S, Packet, Session
 
 

@@ -19,7 +19,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,10 @@ from engine.core import messages, prefix
 from engine.core.events import Emission
 from engine.core.messages import Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Submit
 from engine.core.request import Request, Sampling, Stopping
+from engine.core.roles import Role
 from engine.core.sequence import Part
 from engine.errors import DeadlineExceeded, SeracError, Unavailable
 
-Role = Literal["prefill", "decode", "both"]
 TOKEN_S = 1e-4  # to compute one token of a prompt, where nothing better is known
 MOVE_S = 5e-3  # a handoff, beside its prompt
 WAIT_ROW_S = 0.05  # for each sequence that waits

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core import prefix
-from engine.core.blocks import BlockPool, Content
+from engine.core.blocks import BlockPool
 from engine.core.events import Computed, Ended, Event, Started
 from engine.core.plan import BLOCK, Load, StepPlan, StepResult
 from engine.core.request import Request
@@ -96,7 +96,7 @@ class Scheduler:
 
     def __init__(self, shape: LaneShape, root: bytes):
         assert shape.max_tokens >= shape.max_rows
-        self.shape, self._root = shape, root
+        self.shape, self.root = shape, root
         self.pool = BlockPool(shape.num_blocks)
         self.reserved = Reservations(self.pool)
         self.rows = Rows(shape.max_rows, shape.max_length, shape.block_size, shape.vocab, shape.eos_ids)
@@ -125,7 +125,7 @@ class Scheduler:
         if not parts:
             parts = [Part(self._serial + choice, choice) for choice in range(request.sampling.n)]
             self._serial += len(parts)
-        parent = prefix.start(self._root, request.adapter, request.salt)
+        parent = prefix.start(self.root, request.adapter, request.salt)
         group = sequences(request, parts, seed, self.shape.max_length, self.shape.eos_ids, parent)
         for sequence in group:
             self.live[sequence.serial] = sequence
@@ -133,34 +133,6 @@ class Scheduler:
                 heapq.heappush(self._deadlines, (request.deadline_at, sequence.serial))
         self.waiting.append(group[0])
         return group
-
-    def prefill(self, request: Request, serial: int) -> Sequence:
-        """Queue a sequence that computes the KV of all but the last token of its prompt, then rests with it."""
-        (sequence,) = self.submit(request, 0, (Part(serial),))
-        sequence.rests = True
-        return sequence
-
-    def chain(self, request: Request, tokens: PySequence[int]) -> list[Content]:
-        """What the full blocks before the last of `tokens` hold, for a request's adapter and salt."""
-        parent = prefix.start(self._root, request.adapter, request.salt)
-        return prefix.extend(parent, (), np.array(tokens[:-1], np.int32), self.shape.block_size)
-
-    def adopt(
-        self, request: Request, seed: int, parts: PySequence[Part], blocks: list[int], computed: int
-    ) -> list[Sequence]:
-        """`submit`, with the KV of the leader's first `computed` positions already in `blocks`, now its own."""
-        group = self.submit(request, seed, parts)
-        leader = group[0]
-        leader.blocks, leader.computed = blocks, computed
-        self.waiting.arrive(leader)
-        self.publish(leader, blocks, computed)
-        return group
-
-    def room(self, count: int) -> bool:
-        """Whether `count` blocks can be reserved without taking them from whoever waits for blocks first."""
-        hungry = self.waiting.hungry
-        wanted = 0 if hungry is None else -(-len(hungry.tokens) // self.shape.block_size)
-        return not self.suspects and count + wanted <= self.pool.available
 
     def cancel(self, sequence: Sequence, reason: str = "abort", error: SeracError | None = None) -> bool:
         """End `sequence` now, wherever it is; False when it is over already."""
@@ -279,7 +251,7 @@ class Scheduler:
             self.cached_tokens += sequence.cached
             self.events.append(Started(sequence, self._now))
         sequence.blocks, sequence.computed = [], 0
-        self._say_computed(sequence, computed)
+        self.say_computed(sequence, computed)
         if sequence.rests and computed == length:
             sequence.blocks, sequence.state = blocks, State.RESTING
             return True
@@ -370,17 +342,8 @@ class Scheduler:
         else:
             self.pool.drop(blocks)
 
-    def settle_prompt(self, sequence: Sequence, computed: int) -> None:
-        """A sequence that only prefills has got so far; at the end it leaves its row and keeps its blocks."""
-        self._say_computed(sequence, computed)
-        if computed == len(sequence.tokens) - 1:
-            sequence.blocks, _ = self.rows.leave(sequence)
-            self.running.pop(sequence.serial)
-            sequence.state = State.RESTING
-            if self.suspects and self.suspects[0] is sequence:
-                self.suspects.popleft()
-
-    def _say_computed(self, sequence: Sequence, positions: int) -> None:
+    def say_computed(self, sequence: Sequence, positions: int) -> None:
+        """Tell of a sequence that only prefills how far it is."""
         if sequence.rests:
             self.events.append(Computed(sequence, positions))
 
@@ -391,7 +354,7 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.insert(sequence)
-        self._say_computed(sequence, 0)
+        self.say_computed(sequence, 0)
 
     def pass_trial(self, sequence: Sequence) -> None:
         """A suspect's lone step went well: it waits with the others again."""
@@ -427,10 +390,11 @@ class Scheduler:
 
     # -- failure --------------------------------------------------------------------------------------------------
 
-    def fail(self, step: int, message: str) -> None:
-        """Step `step` raised and the device's pool is gone: everyone waits again, its sequences as suspects."""
-        flight = next(f for f in self.flights if f.plan.step == step)
-        serials = flight.serials.tolist() + [chunk.sequence.serial for chunk in flight.chunks]
+    def fail(self, step: int | None, message: str) -> None:
+        """The device's pool is gone: everyone waits again, the sequences of the step to blame as suspects."""
+        serials = []
+        for flight in (flight for flight in self.flights if flight.plan.step == step):
+            serials = flight.serials.tolist() + [chunk.sequence.serial for chunk in flight.chunks]
         culprits = [s for serial in dict.fromkeys(serials) if (s := self.live.get(serial)) is not None]
         trial = bool(self.suspects)
         self.flights.clear()
@@ -447,7 +411,7 @@ class Scheduler:
             if sequence.state is State.RESTING:
                 sequence.state, sequence.blocks = State.WAITING, []
                 self.waiting.append(sequence)
-            self._say_computed(sequence, 0)
+            self.say_computed(sequence, 0)
         if trial:
             for sequence in culprits:
                 self._end(sequence, "error", error=DeviceError(message))

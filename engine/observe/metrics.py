@@ -16,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 OUTCOMES = ("stop", "length", "abort", "deadline", "error", "refused")
 LOG_STOPS = ("disk", "queue", "size", "record")
+BLOCK_STATES = ("free", "held", "cached", "writing", "quarantined")
+HANDOFF_STATES = ("offered", "reserved", "copying", "committed", "released", "aborted", "quarantined")
 STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 FIRST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 REQUEST_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -38,7 +40,7 @@ ROWS = (
     Row("cancelled", "counter", "Requests that their client or an operator ended."),
     Row("running", "gauge", "Sequences that take part in steps."),
     Row("waiting", "gauge", "Requests that wait for a place."),
-    Row("blocks", "gauge", "KV blocks, by state.", "state", ("free", "held", "cached")),
+    Row("blocks", "gauge", "KV blocks, by state.", "state", BLOCK_STATES),
     Row("tokens", "counter", "Tokens, by kind.", "kind", ("prompt", "cached", "generated")),
     Row("steps", "counter", "Device programs launched."),
     Row("step_seconds", "histogram", "From the launch of a step to its result.", bounds=STEP_BOUNDS),
@@ -47,6 +49,10 @@ ROWS = (
     Row("request_seconds", "histogram", "From admission to the end of a request.", bounds=REQUEST_BOUNDS),
     Row("compilations_after_ready", "counter", "Programs compiled after the engine was ready; 0 is right."),
     Row("plan_logs_stopped", "counter", "Plan logs that ended before their lane, by cause.", "cause", LOG_STOPS),
+    Row("handoffs", "gauge", "Handoffs of both sides, by state.", "state", HANDOFF_STATES),
+    Row("handoffs_started", "counter", "Prompts computed on one lane for another."),
+    Row("moved_blocks", "counter", "KV blocks sent and received."),
+    Row("recoveries", "counter", "Choices that went on elsewhere after a loss."),
     Row("preemptions", "counter", "Sequences that gave their blocks back and are computed again."),
     Row("prefix_queries", "counter", "Prompts looked up in the prefix cache."),
     Row("prefix_hits", "counter", "Prompts of which the prefix cache held a part."),

@@ -8,7 +8,7 @@ Everything that can be refused is refused before weights are read, and weights b
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,10 +19,15 @@ from prometheus_client import CollectorRegistry
 from engine.clock import Clock, SystemClock
 from engine.config import Settings
 from engine.core import prefix
+from engine.core.agent import Agent
+from engine.core.handoff import Parts
 from engine.core.request import Limits
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import ConfigError, wrong
+from engine.lanes import LaneSpec, alike, move, parse_lanes
 from engine.models.config import ModelConfig, from_hf
+from engine.movers.courier import LocalCourier
+from engine.movers.local import Carrier
 from engine.observe.metrics import Metrics
 from engine.observe.plan_log import Header
 from engine.observe.plan_writer import PlanWriter, open_log
@@ -31,13 +36,15 @@ from engine.replica.lane import Lane
 from engine.replica.recorded import Recorded
 from engine.replica.replica import ModelInfo, Replica
 from engine.runner.buckets import COARSE, FINE, buckets
+from engine.runner.moves import move_sizes
 from engine.runner.runner import Model, Runner
 from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
 from engine.weights.tensors import check_vocabulary, choose_dtype
 from pallas_kernels.dispatch import platform_of
-from sharding.mesh import MeshSpec, lane_meshes, parse_mesh, valid_sizes
+from sharding.mesh import MeshSpec, check_devices, lane_meshes, parse_mesh, valid_sizes
+from sharding.overlap import overlaps
 
 logger = logging.getLogger("serac.build")
 
@@ -50,49 +57,99 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     config = from_hf(folder.config())
     text = Text(folder.path)
     check_vocabulary(text.vocab, config)
-    spec, meshes, choice = choose(settings, config, choose_dtype("auto", folder.config()))
+    lanes, meshes, choices = choose(settings, config, choose_dtype("auto", folder.config()))
     use_compile_cache(settings.compile_cache)
-    name = settings.served_model_name or folder.name
-    eos_ids, sizes = tuple(text.eos_ids), choice.sizes
+    name, eos_ids = settings.served_model_name or folder.name, tuple(text.eos_ids)
+    sizes = min((choice.sizes for choice in choices), key=lambda sizes: sizes.num_blocks)
     info = ModelInfo(name, folder.short_revision, sizes.max_length, config.vocab, eos_ids, text.defaults)
     limits = Limits(
         config.vocab, sizes.max_length, (sizes.num_blocks - 1) * sizes.block_size, sizes.block_size, eos_ids
     )
-    made = Replica(
-        info, text, limits, clock or SystemClock(), Metrics(CollectorRegistry()), max_open=settings.max_calls
-    )
+    dtype = str(choices[0].dtype)
+    root = prefix.root(folder.revision, settings.numerics, dtype, "k_PKCH", str(sizes.block_size))
+    metrics, clock = Metrics(CollectorRegistry()), clock or SystemClock()
+    made = Replica(info, text, limits, clock, metrics, root, max_open=settings.max_calls)
     logs = [
-        open_plan_log(settings, plan_header(str(index), settings.model, folder, config, choice, mesh), made.metrics)
-        for index, mesh in enumerate(meshes)
+        open_plan_log(settings, plan_header(lane.name, settings.model, folder, config, choice, mesh), metrics)
+        for lane, mesh, choice in zip(lanes, meshes, choices, strict=True)
     ]
-    runners = [make_runner(settings, folder, config, choice, mesh, progress) for mesh in meshes]
-    root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
-    for index, runner in enumerate(runners):
-        shape = LaneShape(
-            sizes.num_blocks,
-            sizes.block_size,
-            sizes.max_rows,
-            choice.max_tokens,
-            sizes.max_length,
-            config.vocab,
-            eos_ids,
-            settings.prefix_cache,
-        )
-        scheduler = Scheduler(shape, root)
-        log = logs[index]
+    moved = _move_sizes(lanes, meshes, choices, config)
+    runners = [
+        make_runner(settings, folder, config, choice, mesh, progress, moved)
+        for mesh, choice in zip(meshes, choices, strict=True)
+    ]
+    courier = _courier(made, lanes, runners, progress) if moved else None
+    for lane, runner, choice, log in zip(lanes, runners, choices, logs, strict=True):
+        agent = Agent(lane.name, Scheduler(_shape(settings, choice, config, eos_ids), root), max(moved, default=1))
         device = runner if log is None else Recorded(runner, log)
-        made.add_lane(
-            lambda sink, i=index, s=scheduler, d=device: Lane(str(i), s, d, made.clock, made.metrics, sink)
-        )
+        made.add_lane(Lane(agent, device, clock, metrics, courier), lane.role)
+        if log is not None:
+            made.on_stop.append(log.close)
     made.late_compiles = lambda: max(runner.compiles.late for runner in runners)
     for runner in runners:
         runner.compiles.seal()
-    made.describe = describe(folder, config, spec, choice, runners)
+    made.describe = describe(folder, config, lanes, choices[0], runners)
     return made
 
 
+def _shape(settings: Settings, choice: Choice, config: ModelConfig, eos_ids: tuple[int, ...]) -> LaneShape:
+    sizes = choice.sizes
+    return LaneShape(
+        sizes.num_blocks,
+        sizes.block_size,
+        sizes.max_rows,
+        choice.max_tokens,
+        sizes.max_length,
+        config.vocab,
+        eos_ids,
+        settings.prefix_cache,
+    )
+
+
+def _move_sizes(
+    lanes: Sequence[LaneSpec], meshes: Sequence[Mesh], choices: Sequence[Choice], config: ModelConfig
+) -> tuple[int, ...]:
+    """How many blocks move at once between these lanes; empty where none do."""
+    if not move(lanes):
+        return ()
+    heads = max(config.kv_heads // mesh.shape["kv"] for mesh in meshes)
+    sizes, itemsize = choices[0].sizes, choices[0].dtype.itemsize
+    block_bytes = config.num_layers * heads * sizes.block_size * config.head_width * itemsize
+    usable = min(choice.sizes.num_blocks for choice in choices) - 1
+    return move_sizes(block_bytes, usable, platform_of(meshes[0].devices.flat[0]))
+
+
+def _courier(
+    made: Replica, lanes: Sequence[LaneSpec], runners: Sequence[Runner], progress: Progress
+) -> LocalCourier:
+    """What carries blocks between any two of the lanes, its programs compiled."""
+    carriers: dict[tuple[str, str], Carrier] = {}
+    pairs = [(a, b) for a in range(len(lanes)) for b in range(len(lanes)) if a != b]
+    for done, (a, b) in enumerate(pairs):
+        progress("compiling moves between lanes", done, len(pairs))
+        source, target = runners[a], runners[b]
+        axes = [(runner.model.mesh.shape["kv"], runner.model.mesh.shape["rep"]) for runner in (source, target)]
+        plan = overlaps(source.model.config.kv_heads, *axes)
+        carrier = carriers[lanes[a].name, lanes[b].name] = Carrier(source.model.mesh, target.model.mesh, plan)
+        carrier.warm_up([source.gather([1] * size) for size in source.moves.sizes])
+    verify = runners[0].model.mesh.devices.flat[0].platform == "cpu"
+
+    def deliver(receiver: str, sender: str, part: Parts) -> None:
+        next(lane for lane in made.lanes if lane.name == receiver).hear(sender, part)
+
+    courier = LocalCourier(carriers, deliver, verify)
+    made.on_stop.append(courier.stop)
+    return courier
+
+
 def make_runner(
-    settings: Settings, folder: ModelFolder, config: ModelConfig, choice: Choice, mesh: Mesh, progress: Progress
+    settings: Settings,
+    folder: ModelFolder,
+    config: ModelConfig,
+    choice: Choice,
+    mesh: Mesh,
+    progress: Progress,
+    moved: tuple[int, ...] = (),
 ) -> Runner:
     """The runner of one lane, its weights loaded and its programs compiled. Raises ModelError."""
     weights = load(
@@ -105,7 +162,7 @@ def make_runner(
     )
     model = Model(config, weights, mesh, choice.dtype, choice.numerics)
     most = COARSE if mesh.devices.flat[0].platform == "cpu" else FINE
-    runner = Runner(model, choice.sizes, buckets(choice.sizes.max_rows, choice.max_tokens, most))
+    runner = Runner(model, choice.sizes, buckets(choice.sizes.max_rows, choice.max_tokens, most), moved)
     runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total))
     return runner
 
@@ -153,17 +210,37 @@ def open_plan_log(settings: Settings, header: Header, metrics: Metrics) -> PlanW
     return open_log(settings.plan_log, header, settings.plan_log_size, told)
 
 
-def choose(settings: Settings, config: ModelConfig, stated: np.dtype) -> tuple[MeshSpec, tuple[Mesh, ...], Choice]:
-    """Everything the settings leave open, before anything is loaded. Raises ConfigError."""
+def choose(
+    settings: Settings, config: ModelConfig, stated: np.dtype
+) -> tuple[tuple[LaneSpec, ...], tuple[Mesh, ...], tuple[Choice, ...]]:
+    """Lanes with their meshes, and what the settings leave open for each, before anything is loaded.
+
+    Raises ConfigError.
+    """
     devices = _devices(settings.device)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
     device = Device(platform_of(devices[0]), memory, None)
     try:
-        spec = _spec(settings.mesh, config, len(devices))
-        meshes = lane_meshes(spec, config.heads, config.kv_heads, devices)
-        return spec, meshes, decide(settings, config, spec, device, stated)
+        lanes = _lanes(settings, config, len(devices))
+        check_devices(sum(lane.tp for lane in lanes), len(devices), ", ".join(map(str, lanes)))
+        meshes, first = [], 0
+        for lane in lanes:
+            meshes += lane_meshes(MeshSpec(tp=lane.tp), config.heads, config.kv_heads, devices[first:])
+            first += lane.tp
+        choices = [decide(settings, config, MeshSpec(tp=lane.tp), device, stated) for lane in lanes]
     except ValueError as error:
         raise ConfigError(str(error), field="mesh") from error
+    return lanes, tuple(meshes), tuple(choices)
+
+
+def _lanes(settings: Settings, config: ModelConfig, visible: int) -> tuple[LaneSpec, ...]:
+    if settings.lanes is not None:
+        if settings.mesh != "auto":
+            raise ConfigError("lanes: got --mesh as well; expected one of the two", field="lanes")
+        return parse_lanes(settings.lanes)
+    spec = _spec(settings.mesh, config, visible)
+    check_devices(spec.size, visible, str(spec))
+    return alike(spec.dp, spec.tp)
 
 
 def _devices(wanted: str) -> list[jax.Device]:
@@ -202,7 +279,7 @@ def use_compile_cache(folder: Path | None) -> None:
 
 
 def describe(
-    folder: ModelFolder, config: ModelConfig, spec: MeshSpec, choice: Choice, runners: list[Runner]
+    folder: ModelFolder, config: ModelConfig, lanes: Sequence[LaneSpec], choice: Choice, runners: list[Runner]
 ) -> dict[str, object]:
     """What will run where and how memory is spent, for the banner and GetServerInfo; bytes are of one device."""
     runner = runners[0]
@@ -213,8 +290,8 @@ def describe(
         "architecture": config.architecture,
         "device": first.device_kind,
         "platform": first.platform,
-        "devices": spec.size,
-        "mesh": str(spec),
+        "devices": sum(lane.tp for lane in lanes),
+        "lanes": ", ".join(map(str, lanes)),
         "lane_axes": dict(runner.model.mesh.shape),
         "dtype": str(choice.dtype),
         "numerics": choice.numerics,

@@ -1,30 +1,33 @@
-"""The main loop of a lane: commands in, plan, launch, collect, events out.
+"""The main loop of a lane: what it heard, plan, work, launch, collect, what it says.
 
-    turn:  commands -> plan N+1 while step N runs -> launch | collect N -> events to the sink, once a turn
+    turn:  inbox -> plan N+1 while step N runs -> gather, scatter -> launch | collect N -> outbox, once a turn
 
 Two steps are in flight at most: one runs, one waits behind it on the device. A step that raises before launch is
 launched once more as it is; one that raises on the device costs the pool, and every sequence is computed again
-(engine/core/scheduler.py, `fail`). The clock and the runner are arguments; tests turn the loop by hand.
+(engine/core/scheduler.py, `fail`). The clock, the device and the ways out are arguments; tests turn the loop.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.clock import Clock
+from engine.core import handoff
+from engine.core.agent import Agent, Gather
+from engine.core.handoff import Parts
+from engine.core.messages import FRONT, ToFront, ToLane
 from engine.core.plan import StepPlan, StepResult
-from engine.core.scheduler import Scheduler
 from engine.observe.metrics import Metrics
 
 IN_FLIGHT = 2
 IDLE_WAIT_S = 0.05  # how late a deadline may be noticed while nothing runs
+REPORT_S = 0.25  # between two reports of its load
 
 logger = logging.getLogger("serac.lane")
 
-Command = Callable[[Scheduler], None]
-Sink = Callable[[list], None]
+Said = tuple[str, ToFront | handoff.Message]  # (to whom, what)
 
 
 class Device(Protocol):
@@ -33,24 +36,43 @@ class Device(Protocol):
     def launch(self, plan: StepPlan) -> None: ...
     def collect(self) -> StepResult: ...
     def reset(self) -> None: ...
+    def gather(self, blocks: Sequence[int]) -> object: ...
+    def scatter(self, blocks: Sequence[int], staged: object) -> None: ...
+
+
+class Courier(Protocol):
+    """Brings blocks that a device gathered to another lane, which hears of them as a message."""
+
+    def send(self, sender: str, receiver: str, part: Parts) -> None: ...
 
 
 class Lane:
-    """One scheduler, one device, one thread."""
+    """One agent, one device, one thread. `connect` says where what it says goes."""
 
-    def __init__(self, name: str, scheduler: Scheduler, device: Device, clock: Clock, metrics: Metrics, sink: Sink):
-        self.name, self.scheduler, self._device = name, scheduler, device
-        self._clock, self._metrics, self._sink = clock, metrics, sink
-        self._commands: deque[Command] = deque()
+    def __init__(
+        self, agent: Agent, device: Device, clock: Clock, metrics: Metrics, courier: Courier | None = None
+    ):
+        self.agent, self._device = agent, device
+        self._clock, self._metrics, self._courier = clock, metrics, courier
+        self._post: Callable[[str, list[Said]], None] = lambda name, said: None
+        self._inbox: deque[tuple[str, ToLane | handoff.Message]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._launched_at: deque[float] = deque()
+        self._report_at = clock.now()
         self._checked = False
-        self.steps = 0
 
-    def post(self, command: Command) -> None:
-        """Run `command` on the lane's thread before its next plan. Any thread may call it."""
-        self._commands.append(command)
+    @property
+    def name(self) -> str:
+        return self.agent.name
+
+    def connect(self, post: Callable[[str, list[Said]], None]) -> None:
+        """From now on what the lane says in a turn goes to `post(its name, messages)`."""
+        self._post = post
+
+    def hear(self, sender: str, message: ToLane | handoff.Message) -> None:
+        """Take `message` in before the next plan. Any thread may call it."""
+        self._inbox.append((sender, message))
         self._wake.set()
 
     def run(self) -> None:
@@ -67,25 +89,42 @@ class Lane:
 
     def turn(self) -> bool:
         """One turn; False when nothing was to do."""
-        scheduler = self.scheduler
-        while self._commands:
-            self._commands.popleft()(scheduler)
-        plan = scheduler.plan(self._clock.now()) if len(scheduler.flights) < IN_FLIGHT else None
-        busy = plan is not None or bool(scheduler.flights)
+        agent, now = self.agent, self._clock.now()
+        while self._inbox:
+            sender, message = self._inbox.popleft()
+            agent.receive(now, sender, message)
+        plan = agent.plan(now) if len(agent.scheduler.flights) < IN_FLIGHT else None
+        worked = self._work()
+        busy = plan is not None or bool(agent.scheduler.flights)
         if plan is not None:
-            self._launch(plan)
-        elif scheduler.flights:
+            if worked:
+                self._launch(plan)
+        elif agent.scheduler.flights:
             self._collect()
-        self._flush()
-        busy |= bool(self._commands)
+        self._say(now)
+        busy |= bool(self._inbox)
         if not busy and not self._checked:
-            scheduler.check()
+            agent.check()
         self._checked = not busy
         return busy
 
+    def _work(self) -> bool:
+        """What handoffs ask of the device, in the order it was listed; False when it failed."""
+        work, self.agent.work = self.agent.work, []
+        try:
+            for each in work:
+                if not isinstance(each, Gather):
+                    self._device.scatter(each.blocks, each.staged)
+                elif self._courier is not None:
+                    staged = self._device.gather(each.blocks)
+                    self._courier.send(self.name, each.peer, each.part._replace(staged=staged))
+        except Exception as error:
+            self._fail(None, error)
+            return False
+        return True
+
     def _launch(self, plan: StepPlan) -> None:
         self._launched_at.append(self._clock.now())
-        self.steps += 1
         try:
             self._device.launch(plan)
         except Exception as error:
@@ -96,22 +135,26 @@ class Lane:
                 self._fail(plan.step, again)
 
     def _collect(self) -> None:
-        step = self.scheduler.flights[0].plan.step
+        step = self.agent.scheduler.flights[0].plan.step
         try:
             result = self._device.collect()
         except Exception as error:
             self._fail(step, error)
         else:
             self._metrics.observe("step_seconds", self._clock.now() - self._launched_at.popleft())
-            self.scheduler.collect(result)
+            self.agent.collect(result)
 
-    def _fail(self, step: int, error: Exception) -> None:
-        logger.error("step %d of lane %s failed: %s; its sequences are computed again", step, self.name, error)
+    def _fail(self, step: int | None, error: Exception) -> None:
+        what = "a move of blocks" if step is None else f"step {step}"
+        logger.error("%s on lane %s failed: %s; its sequences are computed again", what, self.name, error)
         self._launched_at.clear()
         self._device.reset()
-        self.scheduler.fail(step, f"device: a step of this sequence alone failed twice ({type(error).__name__})")
+        self.agent.fail(step, f"device: a step of this sequence alone failed twice ({type(error).__name__})")
 
-    def _flush(self) -> None:
-        if self.scheduler.events:
-            events, self.scheduler.events = self.scheduler.events, []
-            self._sink(events)
+    def _say(self, now: float) -> None:
+        said, self.agent.outbox = self.agent.outbox, []
+        if now >= self._report_at:
+            self._report_at = now + REPORT_S
+            said.append((FRONT, self.agent.load()))
+        if said:
+            self._post(self.name, said)

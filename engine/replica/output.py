@@ -3,23 +3,24 @@
     Choice   RUNNING --stop string | Ended--> FINISHED --take--> gone          one a sequence
     Output   its choices; `done` when every finish was taken
 
-Pure: it is fed events and asked for deltas, on one thread. Tokens after a stop string are dropped and not counted.
-The text of the token id that stopped a sequence is not shown unless include_stop.
+Pure: it is fed the router's events and asked for deltas, on one thread. Tokens after a stop string are dropped and
+not counted. The text of the token id that stopped a sequence is not shown unless include_stop.
 Cost: 5-10 us a token, most of it detokenising.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from engine.core.events import Emission, Ended, Scored
+from engine.core import messages
+from engine.core.events import Emission
 from engine.core.request import Request
-from engine.core.sequence import Sequence
+from engine.core.router import Drawn, Event, Journey, Scored, Started, Track
 from engine.errors import SeracError
 from engine.replica.delta import Delta, Finish, TokenLogprob, Usage
 from engine.text.stops import StopMatcher
 from engine.text.text import Text
 
 
-def token_logprob(event: Emission | Scored, k: int, token_id: int, count: int) -> TokenLogprob:
+def token_logprob(event: Emission | messages.Scored, k: int, token_id: int, count: int) -> TokenLogprob:
     """Entry `k` of an event, with the `count` best tokens."""
     assert event.logprob is not None and event.rank is not None
     assert event.top_ids is not None and event.top_logprobs is not None
@@ -31,9 +32,10 @@ def token_logprob(event: Emission | Scored, k: int, token_id: int, count: int) -
 class Choice:
     """One sequence's text and tokens since they were last taken."""
 
-    def __init__(self, request: Request, index: int, text: Text):
+    def __init__(self, request: Request, index: int, text: Text, eos_ids: tuple[int, ...]):
         stopping = request.stopping
         self.index, self._request = index, request
+        self._stop_ids = {*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_ids)}
         self._detokenizer = text.detokenizer(request.prompt_ids[-8:], request.skip_special_tokens)
         self._matcher = StopMatcher(stopping.stop, stopping.include_stop, stopping.min_tokens)
         self._text: list[str] = []
@@ -41,6 +43,7 @@ class Choice:
         self._logprobs: list[TokenLogprob] = []
         self._scores: list[TokenLogprob | None] | None = None
         self.count = 0  # tokens of the output
+        self.cached: int | None = None  # prompt tokens found by prefix, once it is known
         self.finish: Finish | None = None
         self.taken = False  # its finish was taken
 
@@ -49,32 +52,32 @@ class Choice:
         """Tokens that nobody has taken."""
         return len(self._ids)
 
-    def token(self, token_id: int, stops: bool, logprob: TokenLogprob | None) -> str | None:
-        """Add a drawn token, which `stops` the sequence or not; the stop string that its text completes, if any."""
+    def token(self, token_id: int, logprob: TokenLogprob | None) -> str | None:
+        """Add a drawn token; the stop string that its text completes, if any."""
         self.count += 1
         self._ids.append(token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
-        if stops and not self._request.stopping.include_stop:
+        if token_id in self._stop_ids and not self._request.stopping.include_stop:
             return None
         shown, stop = self._matcher.push(self._detokenizer.step([token_id]), self.count)
         self._text.append(shown)
         return stop
 
-    def score(self, event: Scored) -> None:
+    def score(self, event: messages.Scored) -> None:
         """Add log-probabilities of prompt tokens."""
         count = self._request.sampling.prompt_logprobs or 0
         self._scores = self._scores if self._scores is not None else [None]
         for k in range(len(event.logprob)):
             self._scores.append(token_logprob(event, k, self._request.prompt_ids[event.first + k], count))
 
-    def end(self, reason: str, cached: int, stop: str | int | None = None, error: SeracError | None = None) -> None:
+    def end(self, reason: str, stop: str | int | None = None, error: SeracError | None = None) -> None:
         """No token follows."""
         if not (reason == "stop" and isinstance(stop, str)):
             shown, matched = self._matcher.push(self._detokenizer.flush(), self.count)
             self._text += [shown, self._matcher.flush()]
             reason, stop = ("stop", matched) if matched is not None and reason == "length" else (reason, stop)
-        usage = Usage(len(self._request.prompt_ids), self.count, cached)
+        usage = Usage(len(self._request.prompt_ids), self.count, self.cached or 0)
         self.finish = Finish(reason, usage, stop, error)
 
     def take(self) -> Delta | None:
@@ -92,12 +95,12 @@ class Choice:
 
 @dataclass(slots=True)
 class Output:
-    """A request in a lane, from admission to its last delta."""
+    """A request from admission to its last delta."""
 
     request: Request
     choices: list[Choice]
-    sequences: list[Sequence] = field(default_factory=list)  # set by the lane's thread when it submits
     started_at: float = 0.0
+    seated_at: float | None = None  # when it first took part in steps
     first_at: float | None = None  # when tokens first came
     last_at: float | None = None  # when they last came
     last_count: int = 0
@@ -129,61 +132,59 @@ class Output:
         return [delta for choice in self.choices if (delta := choice.take()) is not None]
 
 
-def open_output(request: Request, text: Text, now: float) -> Output:
+def open_output(request: Request, text: Text, eos_ids: tuple[int, ...], now: float) -> Output:
     """The empty output of `request`."""
-    return Output(request, [Choice(request, k, text) for k in range(request.sampling.n)], started_at=now)
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A lane took a request; its sequences have serials from now on."""
-
-    output: Output
-    sequences: list[Sequence]
+    choices = [Choice(request, k, text, eos_ids) for k in range(request.sampling.n)]
+    return Output(request, choices, started_at=now)
 
 
 class Desk:
-    """Feeds the events of one lane to the outputs they belong to. One thread calls it.
+    """Feeds what the router brings to the outputs it belongs to. One thread calls it.
 
-    `deliver` returns the outputs that have something new, and the sequences that a stop string ended.
+    `deliver` returns the outputs that have something new, and the choices that a stop string ended.
     """
 
     def __init__(self) -> None:
-        self._seats: dict[int, tuple[Output, Choice, Sequence]] = {}
+        self._seats: dict[Track, tuple[Output, Choice]] = {}
 
-    def deliver(self, events: list) -> tuple[list[Output], list[Sequence]]:
-        """Take in what a turn of the lane brought."""
+    def seat(self, output: Output, journey: Journey) -> None:
+        """From now on what `journey` draws is the output's."""
+        for track, choice in zip(journey.tracks, output.choices, strict=True):
+            self._seats[track] = (output, choice)
+
+    def deliver(self, events: list[Event], now: float) -> tuple[list[Output], list[Track]]:
+        """Take in what happened since the last call."""
         touched: dict[int, Output] = {}
-        stopped: list[Sequence] = []
+        stopped: list[Track] = []
         for event in events:
-            if isinstance(event, Emission):
-                self._emission(event, touched, stopped)
-            elif isinstance(event, Started):
-                for sequence, choice in zip(event.sequences, event.output.choices, strict=True):
-                    self._seats[sequence.serial] = (event.output, choice, sequence)
-            elif isinstance(event, Scored):
-                if (seat := self._seats.get(event.sequence.serial)) is not None:
-                    seat[1].score(event)
-            elif isinstance(event, Ended):
-                self._ended(event, touched)
+            if isinstance(event, Drawn):
+                self._drawn(event, touched, stopped)
+            elif (seat := self._seats.get(event.track)) is not None:
+                output, choice = seat
+                if isinstance(event, Started):
+                    output.seated_at = now if output.seated_at is None else output.seated_at
+                    choice.cached = event.cached if choice.cached is None else choice.cached
+                elif isinstance(event, Scored):
+                    choice.score(event.scores)
+                else:
+                    choice.end(event.reason, event.stop, event.error)
+                    del self._seats[event.track]
+                    touched[id(output)] = output
         return list(touched.values()), stopped
 
-    def _emission(self, event: Emission, touched: dict[int, Output], stopped: list[Sequence]) -> None:
-        for k, (serial, token) in enumerate(zip(event.serials.tolist(), event.tokens.tolist(), strict=True)):
-            if (seat := self._seats.get(serial)) is None:
+    def _drawn(self, event: Drawn, touched: dict[int, Output], stopped: list[Track]) -> None:
+        emission, tokens = event.emission, event.emission.tokens.tolist()
+        for k, track in event.entries:
+            if (seat := self._seats.get(track)) is None:
                 continue
-            output, choice, sequence = seat
+            output, choice = seat
             count = output.request.sampling.logprobs
-            logprob = None if count is None or event.logprob is None else token_logprob(event, k, token, count)
-            stop = choice.token(token, token in sequence.stop_ids, logprob)
+            logprob = (
+                None if count is None or emission.logprob is None else token_logprob(emission, k, tokens[k], count)
+            )
+            stop = choice.token(tokens[k], logprob)
             touched[id(output)] = output
             if stop is not None:
-                choice.end("stop", sequence.cached, stop)
-                del self._seats[serial]
-                stopped.append(sequence)
-
-    def _ended(self, event: Ended, touched: dict[int, Output]) -> None:
-        if (seat := self._seats.pop(event.sequence.serial, None)) is not None:
-            output, choice, sequence = seat
-            choice.end(event.reason, sequence.cached, event.stop, event.error)
-            touched[id(output)] = output
+                choice.end("stop", stop)
+                del self._seats[track]
+                stopped.append(track)

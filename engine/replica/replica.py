@@ -2,27 +2,32 @@
 
     STARTING --start--> READY --drain--> DRAINING --idle or time is up--> STOPPED
 
-A request goes to the lane with the fewest open. Events of a lane are delivered on the thread that `dispatch`
-chooses (the event loop's, or the caller's own offline), where text is made and stop strings are matched. A client
-that does not read holds about HELD_TOKENS tokens: then its sequences pause until it takes some.
+The router (engine/core/router.py) places a request on lanes and sees it through. What lanes say is taken in on the
+thread that `dispatch` chooses (the event loop's, or the caller's own offline), where text is made and stop strings
+are matched. A client that does not read holds about HELD_TOKENS tokens: then its sequences pause.
 """
 
+import functools
 import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from engine.clock import Clock
+from engine.core.handoff import State
+from engine.core.messages import FRONT, ToFront
 from engine.core.request import MAX_SEED, Limits, Request, check_request
-from engine.core.scheduler import Scheduler
+from engine.core.roles import Role
+from engine.core.router import Event, Journey, Router
 from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
 from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
 from engine.replica.delta import Finish
-from engine.replica.lane import Lane
-from engine.replica.output import Desk, Output, Started, open_output
+from engine.replica.lane import Lane, Said
+from engine.replica.output import Desk, Output, open_output
 from engine.text.text import Text
 
 HELD_TOKENS = 256
@@ -47,15 +52,15 @@ class ModelInfo:
 
 @dataclass(slots=True)
 class Entry:
-    """An open request: its output, the lane it is in, who is told when something waits."""
+    """An open request: its output, its way over the lanes, who is told when something waits."""
 
     output: Output
-    lane: int
+    journey: Journey
     notify: Notify
 
 
 class Replica:
-    """Lanes with a common vocabulary, model and admission. `submit` and `abort` may be called from any thread."""
+    """Lanes with a common vocabulary, model and admission. Every method may be called from any thread."""
 
     def __init__(
         self,
@@ -64,29 +69,35 @@ class Replica:
         limits: Limits,
         clock: Clock,
         metrics: Metrics,
+        root: bytes = b"",
         seeds: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
         max_open: int = 4096,
     ):
         self.info, self.text, self.limits, self.clock, self.metrics = info, text, limits, clock, metrics
         self.lanes: list[Lane] = []
-        self._desks: list[Desk] = []
+        self.router = Router(limits.block_size, limits.context, limits.eos_ids, root)
+        self._switches: dict[str, Lane] = {}
+        self._desk = Desk()
         self._seeds, self._max_open = seeds, max_open
         self._open: dict[str, Entry] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._threads: list[threading.Thread] = []
         self._draining = False
         metrics.refresh = self.refresh
         self.dispatch: Callable[[Callable[[], None]], None] = lambda call: call()
         self.describe: Mapping[str, object] = {}
         self.late_compiles: Callable[[], int] = lambda: 0
+        self.on_stop: list[Callable[[], None]] = []
 
     # -- building and stopping ------------------------------------------------------------------------------------
 
-    def add_lane(self, make: Callable[[Callable[[list], None]], Lane]) -> None:
-        """Add the lane that `make` makes around its sink."""
-        index = len(self.lanes)
-        self._desks.append(Desk())
-        self.lanes.append(make(lambda events: self.dispatch(lambda: self._deliver(index, events))))
+    def add_lane(self, lane: Lane, role: Role = "both") -> None:
+        """Serve with `lane`, which is on this machine and turns in this process."""
+        self.lanes.append(lane)
+        self._switches[lane.name] = lane
+        lane.connect(self._hear)
+        with self._lock:
+            self.router.lane_up(lane.name, role)
 
     def start(self) -> None:
         """Run every lane on a thread of its own."""
@@ -102,6 +113,8 @@ class Replica:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        while self.on_stop:
+            self.on_stop.pop()()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, let open ones end, then stop; False if some had to be aborted. Blocks."""
@@ -111,7 +124,7 @@ class Replica:
             time.sleep(DRAIN_POLL_S)
         whole = not self._open
         for request_id in list(self._open):
-            self.abort(request_id)
+            self.dispatch(functools.partial(self.abort, request_id))
         until = time.monotonic() + 1.0
         while self._open and time.monotonic() < until:
             time.sleep(DRAIN_POLL_S)
@@ -132,8 +145,7 @@ class Replica:
         check_request(request, self.limits)
         if request.adapter:
             raise NotFound(f"adapter: {request.adapter!r:.64} is not loaded; available: none", field="adapter")
-        now = self.clock.now()
-        output = open_output(request, self.text, now)
+        output = open_output(request, self.text, self.limits.eos_ids, self.clock.now())
         with self._lock:
             if self._draining:
                 raise Unavailable("replica: draining; try another replica")
@@ -143,30 +155,20 @@ class Replica:
                 raise ResourceExhausted(
                     wrong("requests", f"{len(self._open)} open", f"at most {self._max_open}; try again later")
                 )
-            index = self._least_loaded()
-            self._open[request.request_id] = Entry(output, index, notify)
-        seed = self._seeds()
-        lane = self.lanes[index]
-
-        def begin(scheduler: Scheduler) -> None:
-            output.sequences = scheduler.submit(request, seed)
-            scheduler.events.append(Started(output, output.sequences))
-
-        lane.post(begin)
+            journey = self.router.submit(request, self._seeds())
+            self._open[request.request_id] = Entry(output, journey, notify)
+            self._desk.seat(output, journey)
+            self._route()
         return output
 
     def abort(self, request_id: str) -> bool:
         """End a request; False when none with this id is open."""
-        entry = self._open.get(request_id)
-        if entry is None:
-            return False
-        output = entry.output
-
-        def cancel(scheduler: Scheduler) -> None:
-            for sequence in output.sequences:
-                scheduler.cancel(sequence)
-
-        self.lanes[entry.lane].post(cancel)
+        with self._lock:
+            entry = self._open.get(request_id)
+            if entry is None:
+                return False
+            self.router.cancel(entry.journey)
+            self._route()
         return True
 
     def taken(self, output: Output) -> None:
@@ -174,25 +176,48 @@ class Replica:
         if output.held and output.waiting < HELD_TOKENS:
             self._hold(output, False)
 
-    def _least_loaded(self) -> int:
-        open_in = [0] * len(self.lanes)
-        for entry in self._open.values():
-            open_in[entry.lane] += 1
-        return min(range(len(self.lanes)), key=open_in.__getitem__)
-
     def _hold(self, output: Output, held: bool) -> None:
         output.held = held
-        entry = self._open.get(output.request.request_id)
-        if entry is not None:
-            self.lanes[entry.lane].post(lambda scheduler: [scheduler.hold(s, held) for s in output.sequences])
+        with self._lock:
+            entry = self._open.get(output.request.request_id)
+            if entry is not None:
+                self.router.hold(entry.journey, held)
+                self._route()
 
     # -- what lanes bring -----------------------------------------------------------------------------------------
 
-    def _deliver(self, index: int, events: list) -> None:
-        touched, stopped = self._desks[index].deliver(events)
-        if stopped:
-            self.lanes[index].post(lambda scheduler: [scheduler.cancel(s, "stop") for s in stopped])
+    def _hear(self, sender: str, said: list[Said]) -> None:
+        """What a lane says in a turn: to other lanes at once, to the front where `dispatch` chooses."""
+        to_front = []
+        for peer, message in said:
+            if peer == FRONT:
+                to_front.append(message)
+            elif (lane := self._switches.get(peer)) is not None:
+                lane.hear(sender, message)
+        if to_front:
+            self.dispatch(lambda: self._take(sender, to_front))
+
+    def _take(self, sender: str, said: list[ToFront]) -> None:
+        with self._lock:
+            for message in said:
+                self.router.receive(sender, message)
+            self.router.tick(self.clock.now())
+            self._route()
+
+    def _route(self) -> None:
+        """Bring what the router has to say to the lanes, and what happened to the outputs."""
+        while self.router.outbox or self.router.events:
+            outbox, self.router.outbox = self.router.outbox, []
+            for name, message in outbox:
+                self._switches[name].hear(FRONT, message)
+            events, self.router.events = self.router.events, []
+            self._deliver(events)
+
+    def _deliver(self, events: list[Event]) -> None:
         now = self.clock.now()
+        touched, stopped = self._desk.deliver(events, now)
+        for track in stopped:
+            self.router.end(track, "stop")
         for output in touched:
             entry = self._open.get(output.request.request_id)
             self._time(output, now)
@@ -236,36 +261,51 @@ class Replica:
     def refresh(self) -> None:
         """Bring the gauges and totals of the metrics up to date."""
         load = self.load()
-        for name in ("running", "waiting", "steps", "preemptions", "compilations_after_ready"):
+        for name in ("running", "waiting", "steps", "preemptions", "compilations_after_ready", "moved_blocks"):
             self.metrics.set(name, load[name])
-        held = load["blocks"] - load["blocks_available"]
-        free = load["blocks_available"] - load["blocks_cached"]
-        for state, count in (("held", held), ("cached", load["blocks_cached"]), ("free", free)):
+        for name in ("recoveries", "handoffs_started"):
+            self.metrics.set(name, load[name])
+        held = load["blocks"] - load["blocks_available"] - load["blocks_writing"]
+        states = {"held": held, "cached": load["blocks_cached"], "quarantined": load["blocks_quarantined"]}
+        states["writing"] = load["blocks_writing"] - load["blocks_quarantined"]
+        states["free"] = load["blocks_available"] - load["blocks_cached"]
+        for state, count in states.items():
             self.metrics.set("blocks", count, state)
+        for state in State:
+            self.metrics.set("handoffs", load[f"handoffs_{state.value}"], state.value)
 
     def load(self) -> dict[str, float]:
         """Gauges of this moment, summed over lanes."""
-        schedulers = [lane.scheduler for lane in self.lanes]
+        loads = [lane.agent.load() for lane in self.lanes]
+        states = Counter[str]()
+        for load in loads:
+            states.update(dict(load.handoffs))
         totals = {
-            "running": sum(len(s.running) for s in schedulers),
-            "waiting": sum(len(s.live) - len(s.running) for s in schedulers),
-            "in_flight_steps": sum(len(s.flights) for s in schedulers),
-            "blocks": sum(s.pool.usable for s in schedulers),
-            "blocks_available": sum(s.pool.available for s in schedulers),
-            "blocks_cached": sum(s.pool.cached for s in schedulers),
-            "preemptions": sum(s.preemptions for s in schedulers),
-            "prompt_tokens": sum(s.prompt_tokens for s in schedulers),
-            "cached_tokens": sum(s.cached_tokens for s in schedulers),
-            "steps": sum(lane.steps for lane in self.lanes),
+            "running": sum(load.running for load in loads),
+            "waiting": sum(load.waiting for load in loads),
+            "in_flight_steps": sum(load.flights for load in loads),
+            "blocks": sum(load.blocks for load in loads),
+            "blocks_available": sum(load.available for load in loads),
+            "blocks_cached": sum(load.cached for load in loads),
+            "blocks_writing": sum(load.writing for load in loads),
+            "blocks_quarantined": sum(load.quarantined for load in loads),
+            "preemptions": sum(load.preemptions for load in loads),
+            "prompt_tokens": sum(lane.agent.scheduler.prompt_tokens for lane in self.lanes),
+            "cached_tokens": sum(lane.agent.scheduler.cached_tokens for lane in self.lanes),
+            "steps": sum(load.steps for load in loads),
+            "moved_blocks": sum(load.moved_blocks for load in loads),
+            "handoffs_started": self.router.handoffs,
+            "recoveries": self.router.recoveries,
             "open_requests": len(self._open),
             "compilations_after_ready": self.late_compiles(),
         }
+        totals |= {f"handoffs_{state.value}": states[state.value] for state in State}
         return {name: float(value) for name, value in totals.items()}
 
 
 def _line(output: Output, outcome: str, finishes: list[Finish], now: float, revision: str) -> RequestLine:
     """What the log says of a request that has ended."""
-    seated = [s.seated_at for s in output.sequences if s.seated_at is not None]
+    seated_at = now if output.seated_at is None else output.seated_at
     error = next((finish.error for finish in finishes if finish.error is not None), None)
     return RequestLine(
         output.request.request_id,
@@ -273,7 +313,7 @@ def _line(output: Output, outcome: str, finishes: list[Finish], now: float, revi
         finishes[0].usage.prompt_tokens,
         finishes[0].usage.cached_tokens,
         sum(finish.usage.completion_tokens for finish in finishes),
-        queue_s=min(seated, default=now) - output.started_at,
+        queue_s=seated_at - output.started_at,
         first_token_s=None if output.first_at is None else output.first_at - output.started_at,
         total_s=now - output.started_at,
         revision=revision,

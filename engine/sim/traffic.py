@@ -36,7 +36,8 @@ def draw_requests(rng: random.Random, faults: Faults, count: int) -> list[Asked]
     for number in range(count):
         at = rng.uniform(0.0, 0.6 * faults.heal_at)
         stem = rng.choice(stems)
-        ids = stem[: rng.randint(1, 40)] + rng.choices(range(VOCAB - 1), k=rng.randint(0, 6))
+        cut = rng.choice([rng.randint(1, 40), 4 * rng.randint(1, 9) + 1])  # often just past a block's end
+        ids = stem[:cut] + rng.choices(range(VOCAB - 1), k=rng.choice([0, 0, rng.randint(1, 6)]))
         request = Request(
             f"r{number}",
             tuple(ids),

@@ -21,7 +21,8 @@ from engine.core.events import Emission
 from engine.core.handoff import Parts
 from engine.core.membership import Member, Members
 from engine.core.messages import FRONT, Cancel
-from engine.core.router import Role, Router
+from engine.core.roles import Role
+from engine.core.router import Router
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.sim.faults import Faults, draw
 from engine.sim.runner import ModelledRunner

@@ -68,4 +68,4 @@ def test_a_mesh_bigger_than_the_visible_devices_is_refused():
     with pytest.raises(ShardingError, match="8 requested, 4 visible"):
         lane_meshes(parse_mesh("dp=2,tp=4"), 8, 2, jax.devices()[:4])
     with pytest.raises(ShardingError, match="16 requested, 8 visible"):
-        check_devices(MeshSpec(2, 8), 8)
+        check_devices(16, 8, "dp=2,tp=8")

@@ -1,10 +1,10 @@
 """The simulator's gate: lives without a violation, the same life twice, and no bug on purpose that stays unseen."""
 
 import pytest
-from tests.sim.__main__ import hunt, spread
-from tests.sim.mutants import ROWS, changed
 
 from engine.sim.world import World
+from tests.sim.__main__ import hunt, spread
+from tests.sim.mutants import ROWS, changed
 
 
 def test_a_life_is_the_same_twice():

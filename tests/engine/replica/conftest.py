@@ -6,12 +6,15 @@ from prometheus_client import CollectorRegistry
 from engine import embedded
 from engine.clock import ManualClock
 from engine.core import prefix
+from engine.core.agent import Agent
 from engine.core.request import Limits, Request, Sampling, Stopping
+from engine.core.roles import Role
 from engine.core.scheduler import LaneShape, Scheduler
+from engine.core.sequence import Part, sequences
 from engine.observe.metrics import Metrics
 from engine.replica.lane import Lane
 from engine.replica.replica import ModelInfo, Replica
-from engine.sim.runner import ModelledRunner
+from engine.sim.runner import ModelledRunner, alone
 from engine.text.text import Text
 
 CONTEXT, BLOCK, BLOCKS = 512, 16, 129
@@ -20,21 +23,31 @@ CONTEXT, BLOCK, BLOCKS = 512, 16, 129
 class Life:
     """A replica, its clock, and what every request said so far."""
 
-    def __init__(self, text: Text, lanes: int = 1, max_open: int = 100):
+    def __init__(self, text: Text, roles: tuple[Role, ...] = ("both",), max_open: int = 100):
         self.text, self.clock = text, ManualClock()
         limits = Limits(text.vocab, CONTEXT, (BLOCKS - 1) * BLOCK, BLOCK, ())
         info = ModelInfo("test", "r1", CONTEXT, text.vocab, (), {})
         self.metrics = Metrics(CollectorRegistry())
         self.replica = Replica(info, text, limits, self.clock, self.metrics, seeds=lambda: 11, max_open=max_open)
         self.devices = []
-        for _ in range(lanes):
+        for index, role in enumerate(roles):
             device = ModelledRunner(BLOCKS, BLOCK, 8, CONTEXT, text.vocab)
             scheduler = Scheduler(LaneShape(BLOCKS, BLOCK, 8, 64, CONTEXT, text.vocab), prefix.root("test"))
             self.devices.append(device)
-            self.replica.add_lane(
-                lambda sink, s=scheduler, d=device: Lane("0", s, d, self.clock, self.metrics, sink)
-            )
+            agent = Agent(f"{role[0]}{index}", scheduler)
+            self.replica.add_lane(Lane(agent, device, self.clock, self.metrics, self), role)
         self.deltas: dict[str, list] = {}
+
+    def send(self, sender, receiver, part):
+        """Carry a part to another lane at once, as a courier would a little later."""
+        lane = next(lane for lane in self.replica.lanes if lane.name == receiver)
+        lane.hear(sender, part)
+
+    def alone(self, output, count, choice=0):
+        """What a choice of the output draws when nothing else exists."""
+        part, request = Part(0, choice), output.request
+        (sequence,) = sequences(request, (part,), 11, CONTEXT, (), b"")
+        return alone(list(request.prompt_ids), sequence.draw, count, self.text.vocab)
 
     def request(self, name="a", prompt="def main(", deadline_at=None, **options) -> Request:
         ids = tuple(self.text.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
@@ -71,7 +84,7 @@ class Life:
 
     @property
     def restored(self):
-        return all(lane.scheduler.pool.available == BLOCKS - 1 for lane in self.replica.lanes)
+        return all(lane.agent.scheduler.pool.available == BLOCKS - 1 for lane in self.replica.lanes)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.clock import ManualClock
 from engine.core import prefix
+from engine.core.agent import Agent
 from engine.core.events import Emission
 from engine.core.plan import TOP, StepPlan, StepResult
 from engine.core.request import Request, Sampling, Stopping
@@ -43,10 +44,12 @@ class Life:
         self.tokens: dict[int, list[int]] = {}
         self.sequences = []
         metrics = Metrics(CollectorRegistry())
-        self.lane = Lane("0", self.scheduler, Recorded(self.device, log), ManualClock(), metrics, self._take)
+        agent = Agent("0", self.scheduler)
+        self.lane = Lane(agent, Recorded(self.device, log), ManualClock(), metrics)
+        self.lane.connect(self._take)
 
-    def _take(self, events):
-        for event in events:
+    def _take(self, name, said):
+        for _, event in said:
             if isinstance(event, Emission):
                 for serial, token in zip(event.serials.tolist(), event.tokens.tolist(), strict=True):
                     self.tokens.setdefault(serial, []).append(token)
@@ -96,7 +99,7 @@ def test_a_log_replays_equal(life, folder):
     first.log.close()
     outcome = again(folder).run()
     assert outcome.equal and outcome.first is None and first.right()
-    assert outcome.steps == first.lane.steps > 10 and outcome.points >= 12 * 5 + 1
+    assert outcome.steps == first.lane.agent.steps > 10 and outcome.points >= 12 * 5 + 1
     assert outcome.rows >= outcome.points - 30 and (outcome.resets, outcome.failures, outcome.unanswered) == (
         0,
         0,
@@ -183,7 +186,7 @@ def test_steps_in_flight_when_the_log_ends_are_run_and_not_compared(life, folder
     assert len(lived.scheduler.flights) == 2
     lived.log.close()
     outcome = again(folder).run()
-    assert outcome.equal and outcome.unanswered == 2 and outcome.steps == lived.lane.steps
+    assert outcome.equal and outcome.unanswered == 2 and outcome.steps == lived.lane.agent.steps
 
 
 def test_a_log_that_was_cut_is_replayed_up_to_there(life, folder):

@@ -5,14 +5,13 @@ import pytest
 
 from engine.errors import AlreadyExists, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from engine.replica.replica import HELD_TOKENS
-from engine.sim.runner import alone
 
 
 def test_text_is_the_decoding_of_the_tokens_and_usage_counts_them(life):
     output = life.submit(max_tokens=40)
     life.run()
     shown, ids, finish = life.whole("a")
-    assert ids == alone(output.request.prompt_ids, output.sequences[0].draw, 40, life.text.vocab)
+    assert ids == life.alone(output, 40)
     assert shown == life.text.decode(ids) and finish.reason == "length"
     assert (finish.usage.prompt_tokens, finish.usage.completion_tokens) == (len(output.request.prompt_ids), 40)
     assert output.done and life.restored and life.metrics.value("requests", "length") == 1
@@ -40,10 +39,9 @@ def test_the_log_has_one_line_a_request_with_its_times(life, caplog, monkeypatch
 
 
 def test_a_request_without_a_seed_gets_a_recorded_one(life):
-    assert life.submit(max_tokens=2).sequences == []
-    output = life.submit("b", max_tokens=2)
-    life.run()
-    assert output.sequences[0].draw.seed == 11
+    life.submit(max_tokens=2)
+    (journey,) = life.replica.router.journeys
+    assert journey.request.sampling.seed is None and journey.seed == 11
 
 
 def test_a_stop_string_ends_the_text_before_it_and_drops_what_follows(life):
@@ -166,11 +164,11 @@ def test_what_cannot_be_served_is_refused_before_anything_is_queued(life):
 
 
 def test_requests_spread_over_lanes(make_life):
-    life = make_life(lanes=2)
+    life = make_life(roles=("both", "both"))
     for k in range(6):
         life.submit(f"{k}", max_tokens=5)
     life.turn()
-    assert [len(lane.scheduler.live) for lane in life.replica.lanes] == [3, 3]
+    assert [len(lane.agent.scheduler.live) for lane in life.replica.lanes] == [3, 3]
     life.run()
     assert all(life.whole(f"{k}")[2].reason == "length" for k in range(6))
 
@@ -191,7 +189,7 @@ def test_a_failing_device_is_invisible_to_clients(life):
     life.devices[0].fail_collect |= {2, 9}
     output = life.submit(max_tokens=40)
     ids = life.run().whole("a")[1]
-    assert ids == alone(output.request.prompt_ids, output.sequences[0].draw, 40, life.text.vocab)
+    assert ids == life.alone(output, 40)
     assert not life.devices[0].fail_collect
 
 

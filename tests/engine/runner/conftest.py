@@ -7,7 +7,9 @@ from prometheus_client import CollectorRegistry
 
 from engine.clock import ManualClock
 from engine.core import prefix
-from engine.core.events import Emission, Ended, Scored
+from engine.core.agent import Agent
+from engine.core.events import Emission
+from engine.core.messages import Over, Scored
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.models.config import ModelConfig, Rope
@@ -60,11 +62,12 @@ class HandLane:
         self.scheduler, self.runner = Scheduler(shape, prefix.root("tiny")), runner
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.logprobs: dict[tuple[str, int], list[float]] = {}
-        self.ended: dict[tuple[str, int], Ended] = {}
+        self.ended: dict[tuple[str, int], Over] = {}
         self.scored: list[Scored] = []
         self._keys: dict[int, tuple[str, int]] = {}
         metrics = Metrics(CollectorRegistry())
-        self.lane = Lane("test", self.scheduler, runner, ManualClock(), metrics, self._take)
+        self.lane = Lane(Agent("test", self.scheduler), runner, ManualClock(), metrics)
+        self.lane.connect(self._take)
 
     def submit(self, name: str, prompt, seed: int = 0, **options):
         stopping = {key: options.pop(key) for key in list(options) if key in Stopping.__dataclass_fields__}
@@ -80,15 +83,15 @@ class HandLane:
             self.scheduler.check()
         return self
 
-    def _take(self, events):
-        for event in events:
+    def _take(self, name, said):
+        for _, event in said:
             if isinstance(event, Emission):
                 scores = [0.0] * len(event.tokens) if event.logprob is None else event.logprob.tolist()
                 for serial, token, score in zip(event.serials.tolist(), event.tokens.tolist(), scores, strict=True):
                     self.tokens[self._keys[serial]].append(token)
                     self.logprobs[self._keys[serial]].append(score)
-            elif isinstance(event, Ended):
-                self.ended[self._keys[event.sequence.serial]] = event
+            elif isinstance(event, Over):
+                self.ended[self._keys[event.serial]] = event
             elif isinstance(event, Scored):
                 self.scored.append(event)
 

@@ -1,0 +1,64 @@
+"""Which lanes serve a model: from `--lanes` or `--mesh` to a role and a size for each.
+
+    "prefill:tp=2, decode:tp=4"   ->  p0 (prefill, 2 devices), d1 (decode, 4 devices)
+    "prefill:tp=1*2, decode:tp=2" ->  p0, p1, d2: a count makes several alike
+    --mesh dp=2,tp=4              ->  b0, b1 (both, 4 devices each)
+
+Lanes take the devices in order, each its own. This is data only: no device is asked.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.core.roles import ROLES, Role
+from engine.errors import ConfigError, wrong
+
+FORMS = "ROLE:tp=N or ROLE:tp=N*COUNT, comma between them, with roles prefill, decode, both"
+ENTRY = re.compile(r"(\w+)\s*:\s*(?:tp\s*=\s*)?(\d{1,4})\s*(?:\*\s*(\d{1,3}))?", re.ASCII)
+
+
+class LaneSpec(NamedTuple):
+    """One lane: `tp` devices."""
+
+    name: str
+    role: Role
+    tp: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.role}:tp={self.tp}"
+
+
+def parse_lanes(text: str) -> tuple[LaneSpec, ...]:
+    """The lanes that `text` names. Raises ConfigError with the valid forms."""
+    lanes: list[LaneSpec] = []
+    for item in text.split(","):
+        match = ENTRY.fullmatch(item.strip())
+        role = next((role for role in ROLES if match is not None and match[1] == role), None)
+        if match is None or role is None or int(match[2]) < 1 or int(match[3] or 1) < 1:
+            raise ConfigError(wrong("lanes", item.strip(), FORMS), field="lanes")
+        for _ in range(int(match[3] or 1)):
+            lanes.append(LaneSpec(f"{role[0]}{len(lanes)}", role, int(match[2])))
+    if all(lane.role == "prefill" for lane in lanes):
+        raise ConfigError("lanes: got prefill lanes only; expected at least one of decode or both", field="lanes")
+    if all(lane.role == "decode" for lane in lanes):
+        raise ConfigError("lanes: got decode lanes only; expected at least one of prefill or both", field="lanes")
+    return tuple(lanes)
+
+
+def alike(count: int, tp: int) -> tuple[LaneSpec, ...]:
+    """`count` lanes that do everything."""
+    return tuple(LaneSpec(f"b{index}", "both", tp) for index in range(count))
+
+
+def move(lanes: Sequence[LaneSpec]) -> bool:
+    """Whether KV moves between these lanes."""
+    return len(lanes) > 1 and any(lane.role == "prefill" for lane in lanes)
+
+
+def device_count(text: str) -> int:
+    """Devices that the lanes of `text` take; 1 for what is no list of lanes, which is refused later, by name."""
+    try:
+        return sum(lane.tp for lane in parse_lanes(text))
+    except ConfigError:
+        return 1
