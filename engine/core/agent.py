@@ -23,6 +23,7 @@ from engine.core.messages import (
     Fence,
     Hold,
     Load,
+    Meet,
     Over,
     Prefill,
     Scored,
@@ -84,12 +85,12 @@ class Agent:
                 self._prefill(now, message)
             case Cancel():
                 self._cancel(now, message)
-            case Hold(serials=serials, held=held):
-                for serial in serials:
-                    if (sequence := self.scheduler.live.get(serial)) is not None:
-                        self.scheduler.hold(sequence, held)
+            case Hold():
+                self._hold(message)
             case Fence(lane=lane):
                 self._fence(lane)
+            case Meet():
+                pass  # for whoever runs the links
             case Fetch() | handoff.Done() | Stop():
                 self._to_source(now, sender, message)
             case _:
@@ -123,6 +124,11 @@ class Agent:
                 self._send(target.source, target.cancel(now, message.reason))
         if (source := self.sources.get(message.handoff)) is not None:
             source.cancel(message.reason)
+
+    def _hold(self, message: Hold) -> None:
+        for serial in message.serials:
+            if (sequence := self.scheduler.live.get(serial)) is not None:
+                self.scheduler.hold(sequence, message.held)
 
     def _fence(self, lane: str) -> None:
         for target in self.targets.values():
@@ -310,6 +316,8 @@ class Agent:
             scheduler.preemptions,
             self.steps,
             self.moved_blocks,
+            scheduler.prompt_tokens,
+            scheduler.cached_tokens,
         )
 
     def check(self) -> None:

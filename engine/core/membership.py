@@ -10,17 +10,18 @@ Pure: `now` is an argument; packets are returned. Cost: a session a lane (engine
 
 from typing import NamedTuple
 
-from engine.core.messages import ToFront, ToLane
+from engine.core.messages import Meet, ToFront, ToLane
 from engine.core.roles import Role
 from engine.core.router import Router
 from engine.core.session import AGAIN_S, Packet, Session
 
 
 class Hello(NamedTuple):
-    """Lane to front: I am ready to serve."""
+    """Lane to front: I am ready to serve, and other lanes reach me at `address`."""
 
     name: str
     role: Role
+    address: str = ""
 
 
 class Welcome(NamedTuple):
@@ -48,6 +49,7 @@ class Members:
         self.sessions: dict[str, Session] = {}
         self._next = first_session
         self._gone: set[str] = set()
+        self._addresses: dict[str, str] = {}
 
     def receive(self, now: float, name: str, said: Said) -> list[tuple[str, Answered]]:
         """Take in what lane `name` says; what to answer."""
@@ -59,6 +61,7 @@ class Members:
                 session = self.sessions[name] = Session(self._next, now)
                 self._next += 1
                 self.router.lane_up(name, said.role)
+                self._introduce(name, said.address)
             session.heard_at = now
             return [(name, Welcome(name, session.number))]
         if session is None or session.number != said.session:
@@ -67,8 +70,16 @@ class Members:
             self.router.receive(name, message)  # type: ignore[arg-type]  # what a lane's session carries
         return []
 
+    def _introduce(self, name: str, address: str) -> None:
+        """Tell a new lane and the others where they reach each other."""
+        for other, known in self._addresses.items():
+            self.router.outbox += [(name, Meet(other, known)), (other, Meet(name, address))]
+        if address:
+            self._addresses[name] = address
+
     def lost(self, name: str) -> None:
         """Give a lane up: it was silent, or its connection is gone."""
+        self._addresses.pop(name, None)
         if self.sessions.pop(name, None) is not None:
             self._gone.add(name)
             self.router.lane_lost(name)
@@ -97,8 +108,8 @@ class Members:
 class Member:
     """A lane's side, for one life: when it is `fenced` the lane drops everything and makes a new one."""
 
-    def __init__(self, name: str, role: Role, now: float):
-        self.name, self.role, self.fenced = name, role, False
+    def __init__(self, name: str, role: Role, now: float, address: str = ""):
+        self.name, self.role, self.address, self.fenced = name, role, address, False
         self.session: Session | None = None
         self._hello_at = now
 
@@ -126,4 +137,4 @@ class Member:
         if now < self._hello_at:
             return []
         self._hello_at = now + 2 * AGAIN_S
-        return [Hello(self.name, self.role)]
+        return [Hello(self.name, self.role, self.address)]

@@ -1,6 +1,6 @@
 """What a front and a lane say to each other. Lanes among themselves speak the words of engine/core/handoff.py.
 
-    front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence
+    front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence, Meet
     lane -> front   Started, Emission, Scored, Over, Committed, Failed, Load
 
 A serial names one choice of one attempt, for ever: what a lane still says of an attempt that was given up bears a
@@ -66,6 +66,13 @@ class Fence(NamedTuple):
     lane: str
 
 
+class Meet(NamedTuple):
+    """Lane `lane` can be reached at `address`; it knows as much of you."""
+
+    lane: str
+    address: str
+
+
 class Started(NamedTuple):
     """A choice, or a handoff's prompt, took part in steps for the first time. `at` on the lane's clock."""
 
@@ -118,7 +125,7 @@ class Failed(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a lane has to do and to spare. Counts of this moment but for the last three, which are totals."""
+    """What a lane has to do and to spare. Counts of this moment but for the last five, which are totals."""
 
     running: int
     waiting: int
@@ -133,7 +140,9 @@ class Load(NamedTuple):
     preemptions: int
     steps: int
     moved_blocks: int
+    prompt_tokens: int
+    cached_tokens: int
 
 
-ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence
+ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet
 ToFront = Started | Emission | Scored | Over | Committed | Failed | Load

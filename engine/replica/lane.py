@@ -59,7 +59,7 @@ class Lane:
         self._wake = threading.Event()
         self._stopping = False
         self._launched_at: deque[float] = deque()
-        self._report_at = clock.now()
+        self._report_at = self.turned_at = clock.now()
         self._checked = False
 
     @property
@@ -90,6 +90,7 @@ class Lane:
     def turn(self) -> bool:
         """One turn; False when nothing was to do."""
         agent, now = self.agent, self._clock.now()
+        self.turned_at = now
         while self._inbox:
             sender, message = self._inbox.popleft()
             agent.receive(now, sender, message)

@@ -28,6 +28,7 @@ from engine.observe.metrics import Metrics
 from engine.replica.delta import Finish
 from engine.replica.lane import Lane, Said
 from engine.replica.output import Desk, Output, open_output
+from engine.replica.remote import Remote
 from engine.text.text import Text
 
 HELD_TOKENS = 256
@@ -88,6 +89,7 @@ class Replica:
         self.describe: Mapping[str, object] = {}
         self.late_compiles: Callable[[], int] = lambda: 0
         self.on_stop: list[Callable[[], None]] = []
+        self.remote: Remote | None = None
 
     # -- building and stopping ------------------------------------------------------------------------------------
 
@@ -98,6 +100,19 @@ class Replica:
         lane.connect(self._hear)
         with self._lock:
             self.router.lane_up(lane.name, role)
+
+    def serve_remote(self, secret: bytes, listen: list[str]) -> None:
+        """Serve with the lanes of other processes, which know `secret` and come to one of these addresses."""
+        first_session = secrets.randbelow(1 << 40) << 16
+        self.remote = Remote(self.router, self.clock, secret, first_session, self._route)
+        self.remote.start(listen, lambda: self._locked)
+
+    def _locked(self, call: Callable[[], None]) -> None:
+        def under_lock() -> None:
+            with self._lock:
+                call()
+
+        self.dispatch(under_lock)
 
     def start(self) -> None:
         """Run every lane on a thread of its own."""
@@ -113,6 +128,8 @@ class Replica:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        if self.remote is not None:
+            self.remote.stop()
         while self.on_stop:
             self.on_stop.pop()()
 
@@ -133,7 +150,9 @@ class Replica:
 
     @property
     def ready(self) -> bool:
-        return bool(self._threads) and not self._draining and all(thread.is_alive() for thread in self._threads)
+        if self._draining or not all(thread.is_alive() for thread in self._threads):
+            return False
+        return bool(self._threads) if self.remote is None else bool(self.router.lanes)
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -209,7 +228,12 @@ class Replica:
         while self.router.outbox or self.router.events:
             outbox, self.router.outbox = self.router.outbox, []
             for name, message in outbox:
-                self._switches[name].hear(FRONT, message)
+                if (lane := self._switches.get(name)) is not None:
+                    lane.hear(FRONT, message)
+                elif self.remote is not None:
+                    self.router.outbox.append((name, message))
+            if self.remote is not None:
+                self.remote.flush()
             events, self.router.events = self.router.events, []
             self._deliver(events)
 
@@ -277,6 +301,8 @@ class Replica:
     def load(self) -> dict[str, float]:
         """Gauges of this moment, summed over lanes."""
         loads = [lane.agent.load() for lane in self.lanes]
+        if self.remote is not None:
+            loads += [lane.load for lane in self.router.lanes.values() if lane.load is not None]
         states = Counter[str]()
         for load in loads:
             states.update(dict(load.handoffs))
@@ -290,8 +316,8 @@ class Replica:
             "blocks_writing": sum(load.writing for load in loads),
             "blocks_quarantined": sum(load.quarantined for load in loads),
             "preemptions": sum(load.preemptions for load in loads),
-            "prompt_tokens": sum(lane.agent.scheduler.prompt_tokens for lane in self.lanes),
-            "cached_tokens": sum(lane.agent.scheduler.cached_tokens for lane in self.lanes),
+            "prompt_tokens": sum(load.prompt_tokens for load in loads),
+            "cached_tokens": sum(load.cached_tokens for load in loads),
             "steps": sum(load.steps for load in loads),
             "moved_blocks": sum(load.moved_blocks for load in loads),
             "handoffs_started": self.router.handoffs,

@@ -1,0 +1,107 @@
+"""One connection to a peer that has proved itself: frames in, messages out, and back.
+
+    control   messages, many frames a call
+    bulk      `Parts` alone, one after the other
+
+Two connections to a peer, because what stands in the buffers of one, ours and the kernel's, must all leave before
+what comes after it: a heartbeat behind 64 MiB of KV would wait for its receiver to read that.
+A frame that began must be whole soon, however slowly its bytes come; a connection may be idle for ever. Whatever is
+not a whole, right frame ends it with Malformed, as a frame's end is not to be trusted then. Damaged KV does not: its
+length is known, and it is delivered as a part without blocks.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.clock import Clock
+from engine.core.handoff import Parts
+from engine.errors import Malformed
+from engine.movers import parts
+from engine.movers.frames import MAX_PAYLOAD, PREFIX, Prefix, check_header, frame, read_prefix
+from engine.movers.geometry import Geometry
+from engine.movers.pipe import Pipe
+from engine.movers.words import from_bytes
+from engine.observe.plan_bytes import MAX_BYTES
+
+BATCH = 1 << 18  # bytes of control frames sent at once
+
+
+class Patience(NamedTuple):
+    """How long a frame may take from its first byte."""
+
+    frame_s: float = 5.0
+    least_rate: float = float(1 << 20)  # bytes a second, beyond
+
+    def allowed_s(self, prefix: Prefix) -> float:
+        """For all of one frame."""
+        return self.frame_s + (prefix.header + prefix.payload) / self.least_rate
+
+
+class Connection:
+    """To `peer`, for `way` control or bulk. `geometry` is ours, where KV may come."""
+
+    def __init__(self, pipe: Pipe, peer: str, way: str, geometry: Geometry | None, clock: Clock, patience: Patience):
+        self.pipe, self.peer, self.way = pipe, peer, way
+        self.reader: asyncio.Task | None = None
+        self._geometry, self._clock, self._patience = geometry, clock, patience
+
+    async def receive(self) -> object:
+        """The next message. Raises Malformed, EOFError, OSError, or TimeoutError for a frame that takes too long."""
+        await self.pipe.some()
+        bulk = self.way == "bulk"
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with asyncio.timeout(self._patience.frame_s) as limit:
+            prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0)
+            if bulk != (prefix.kind == parts.KIND):
+                raise Malformed(f"frame: got kind {prefix.kind}, which does not travel on a {self.way} connection")
+            limit.reschedule(began + self._patience.allowed_s(prefix))
+            header = bytes(await self.pipe.take(prefix.header))
+            check_header(prefix, header)
+            if not bulk:
+                return from_bytes(prefix.kind, header, self._clock.now())
+            intake = await self._payload(parts.read_header(header, prefix.payload), prefix.payload)
+        return await self._judge(intake)
+
+    async def _payload(self, header: parts.PartsHeader, payload: int) -> parts.Intake:
+        if self._geometry is None:
+            raise Malformed("parts: got KV where no lane is")
+        intake = parts.Intake(header, payload, self._geometry)
+        if intake.fits:
+            for view in intake.views():
+                await self.pipe.fill(view)
+        else:
+            await self.pipe.skip(payload)
+        return intake
+
+    async def _judge(self, intake: parts.Intake) -> Parts:
+        if not intake.fits:
+            return intake.header.without()
+        for damaged in intake.damaged_heads():
+            if damaged:
+                return intake.header.without()
+            await asyncio.sleep(0)
+        return intake.part()
+
+    async def send(self, items: Sequence[bytes | Parts]) -> None:
+        """Send frames that are bytes, or parts."""
+        pieces: deque[bytes | memoryview] = deque()
+        for item in items:
+            if isinstance(item, Parts):
+                sums = []
+                for each in parts.sums_by_head(item):
+                    sums.append(each)
+                    await asyncio.sleep(0)
+                pieces.append(frame(parts.KIND, parts.header_of(item, sums), parts.num_bytes(item)))
+                pieces.extend(parts.views(item))
+            else:
+                pieces.append(item)
+        await self.pipe.send(pieces)
+
+    def close(self) -> None:
+        """At once; whoever reads from it is told."""
+        self.pipe.close()
+        if self.reader is not None and self.reader is not asyncio.current_task():
+            self.reader.cancel()

@@ -1,0 +1,381 @@
+"""Every connection of one process to the others of its cluster, on a thread and an asyncio loop of their own.
+
+    post (any thread) --> Outgoing, one a peer and way --writer--> connection ~~~~> reader --> on_message (the loop)
+                            full: dropped, counted       |  none: dialed, backs off         end --> on_lost
+
+A message may be lost here, never changed: the session and the handoff ask again (engine/core/). Connections carry
+both directions; either side may have made them. A peer is lost when its last control connection ends. Acks and
+heartbeats do not wait for a lane's step, as they are this thread's.
+Whoever connects proves that he knows the cluster's secret (engine/movers/greeting.py) within GREETING_S, or is
+closed and counted, and nobody else notices.
+`on_message` and `on_lost` are called on the loop's thread and must return soon.
+"""
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import NamedTuple
+
+from engine.clock import Clock, SystemClock
+from engine.core.handoff import Parts
+from engine.errors import ConfigError, Malformed
+from engine.movers import addresses, parts, words
+from engine.movers.addresses import Address
+from engine.movers.connection import BATCH, Connection, Patience
+from engine.movers.frames import frame
+from engine.movers.geometry import Geometry
+from engine.movers.greeting import WAYS, Card, Stranger, greet
+from engine.movers.outgoing import Outgoing
+from engine.movers.pipe import Pipe, PlainWire, TlsWire
+
+GREETING_S = 5.0
+STRANGERS = 64  # connections that have not proved anything yet
+BACKLOG = 128
+REMEMBERED = 16  # sentences of refusals
+BROKEN = (OSError, EOFError, TimeoutError, ssl.SSLError)
+
+
+class Limits(NamedTuple):
+    """Of one peer's queues, and of time."""
+
+    control_bytes: int = 32 << 20
+    bulk_bytes: int = 256 << 20
+    retry_s: float = 0.05  # first wait after a failed dial; doubles
+    retry_most_s: float = 2.0
+    patience: Patience = Patience()
+
+
+class Tls(NamedTuple):
+    """What TCP connections are wrapped in, on both sides."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+class Channel:
+    """One way to one peer. All but `outgoing` belongs to the loop."""
+
+    def __init__(self, peer: str, way: str, limits: Limits):
+        self.peer, self.way = peer, way
+        self.outgoing: Outgoing[bytes | Parts] = Outgoing(
+            limits.bulk_bytes if way == "bulk" else limits.control_bytes
+        )
+        self.connections: list[Connection] = []
+        self.writer: asyncio.Task | None = None
+        self.wake = asyncio.Event()
+        self.retry_at = 0.0
+        self.wait_s = limits.retry_s
+
+
+class Links:
+    """The links of process `name`, whose lane has `geometry`."""
+
+    def __init__(
+        self,
+        name: str,
+        secret: bytes,
+        on_message: Callable[[str, object], None],
+        on_lost: Callable[[str], None],
+        geometry: Geometry | None = None,
+        clock: Clock | None = None,
+        tls: Tls | None = None,
+        limits: Limits = Limits(),
+    ):
+        self.name, self.geometry = name, geometry
+        self.counts: Counter[str] = Counter()  # of the loop's thread
+        self.dropped = 0  # of any thread, under the lock
+        self.refusals: deque[str] = deque(maxlen=REMEMBERED)
+        self.addresses: tuple[str, ...] = ()
+        self._secret, self._on_message, self._on_lost = secret, on_message, on_lost
+        self._clock, self._tls, self._limits = clock or SystemClock(), tls, limits
+        self._lock = threading.RLock()  # tasks that end while the loop is closed take it again
+        self._channels: dict[tuple[str, str], Channel] = {}
+        self._known: dict[str, Address] = {}
+        self._stirred: set[tuple[str, str]] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self._strangers = 0
+        self._loop = asyncio.new_event_loop()
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name=f"links of {name}", daemon=True)
+
+    # -- for every thread ---------------------------------------------------------------------------------------
+
+    def start(self, listen: Sequence[str] = ()) -> None:
+        """Listen at these addresses (port 0: a free one), and begin. Raises ConfigError."""
+        listeners = [self._listener(addresses.parse(each)) for each in listen]
+        self.addresses = tuple(_address_of(listener) for listener in listeners)
+        for listener in listeners:
+            self._loop.call_soon(self._spawn, self._accept(listener))
+        self._thread.start()
+
+    def meet(self, name: str, address: str) -> None:
+        """Peer `name` listens at `address`. Raises ConfigError. A peer that has connected needs no such word."""
+        found = addresses.parse(address)
+        addresses.check_tls(found, self._tls)
+        with self._lock:
+            self._known[name] = found
+
+    def post(self, receiver: str, message: object) -> bool:
+        """Put a message on its way, and return at once; whether there was room for it."""
+        if isinstance(message, Parts):
+            item, size, way = message, parts.num_bytes(message), "bulk"
+        else:
+            item = frame(*words.to_bytes(message, self._clock.now()))  # type: ignore[assignment]
+            size, way = len(item), "control"
+        with self._lock:
+            key = receiver, way
+            channel = self._channels.get(key) or self._channels.setdefault(key, Channel(*key, self._limits))
+            if self._loop.is_closed() or not channel.outgoing.put(item, size):
+                self.dropped += 1
+                return False
+            if key in self._stirred:
+                return True
+            self._stirred.add(key)
+            self._loop.call_soon_threadsafe(self._stir, key)
+        return True
+
+    def forget(self, name: str) -> None:
+        """Close what leads to `name`, and drop what waits for it; nobody is told."""
+        self._soon(self._forget, name)
+
+    def close(self) -> None:
+        """End all connections and the thread."""
+        if self._thread.is_alive():
+            self._soon(self._ended.set)
+            self._thread.join()
+        else:
+            self._loop.close()
+
+    def waiting_bytes(self, receiver: str) -> int:
+        """Held for a peer."""
+        with self._lock:
+            return sum(channel.outgoing.num_bytes for key, channel in self._channels.items() if key[0] == receiver)
+
+    def _soon(self, action: Callable, *arguments: object) -> None:
+        with self._lock:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(action, *arguments)
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._ended.wait())
+            for channel in self._channels.values():
+                for connection in channel.connections:
+                    connection.pipe.close()
+            self._lock.acquire()  # the runner ends every task and closes the loop; nobody may post meanwhile
+        self._lock.release()
+
+    def _spawn(self, work: Coroutine) -> asyncio.Task:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _stir(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._stirred.discard(key)
+            channel = self._channels.get(key)
+        if channel is not None:
+            channel.wake.set()
+            if channel.writer is None:
+                channel.writer = self._spawn(self._write(channel))
+
+    async def _write(self, channel: Channel) -> None:
+        while True:
+            await channel.wake.wait()
+            channel.wake.clear()
+            while channel.outgoing:
+                connection = channel.connections[0] if channel.connections else await self._dial(channel)
+                if connection is None:
+                    self._drop(channel)
+                    break
+                items, size = channel.outgoing.take(BATCH if channel.way == "control" else 1)
+                try:
+                    await connection.send(items)
+                except BROKEN:
+                    self._lose(connection)
+                finally:
+                    channel.outgoing.sent(size)
+
+    async def _dial(self, channel: Channel) -> Connection | None:
+        await asyncio.sleep(channel.retry_at - self._loop.time())
+        with self._lock:
+            address = self._known.get(channel.peer)
+        if address is not None and not channel.connections:
+            mine = Card(self.name, channel.peer, channel.way, "".join(self.addresses[:1]), self.geometry)
+            made = await self._greeted(self._open(address), mine, dialing=True)
+            if made is not None:
+                self._adopt(made)
+        if channel.connections:
+            channel.wait_s, channel.retry_at = self._limits.retry_s, 0.0
+            return channel.connections[0]
+        channel.retry_at = self._loop.time() + channel.wait_s
+        channel.wait_s = min(2 * channel.wait_s, self._limits.retry_most_s)
+        return None
+
+    async def _open(self, address: Address) -> Pipe:
+        if address.path:
+            connecting = socket.socket(socket.AF_UNIX)
+        elif self._tls is not None:
+            streams = asyncio.open_connection(address.host, address.port, ssl=self._tls.client)
+            return Pipe(TlsWire(*await streams))
+        else:
+            connecting = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+        connecting.setblocking(False)
+        try:
+            await self._loop.sock_connect(connecting, address.path or (address.host, address.port))
+        except BaseException:
+            connecting.close()
+            raise
+        return Pipe(PlainWire(connecting))
+
+    async def _greeted(self, opening: Coroutine, mine: Card, dialing: bool) -> Connection | None:
+        pipe = None
+        try:
+            async with asyncio.timeout(GREETING_S):
+                pipe = await opening
+                card = await greet(pipe, self._secret, mine, dialing)
+        except (Stranger, Malformed) as error:
+            self.counts["refused"] += 1
+            self.refusals.append(str(error))
+        except BROKEN:
+            self.counts["unreachable" if dialing else "silent"] += 1
+        else:
+            way = mine.way if dialing else card.way
+            if card.address:
+                self._introduced(card)
+            return Connection(pipe, card.name, way, self.geometry, self._clock, self._limits.patience)
+        if pipe is not None:
+            pipe.close()
+        return None
+
+    def _introduced(self, card: Card) -> None:
+        """Where a peer says that it listens, unless we were told or may not go there."""
+        try:
+            found = addresses.parse(card.address)
+            addresses.check_tls(found, self._tls)
+        except ConfigError as error:
+            self.refusals.append(str(error))
+        else:
+            with self._lock:
+                self._known.setdefault(card.name, found)
+
+    # -- connections --------------------------------------------------------------------------------------------
+
+    def _listener(self, address: Address) -> socket.socket:
+        addresses.check_tls(address, self._tls)
+        if address.path:
+            addresses.prepare(address.path)
+        family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        listener = socket.socket(family)
+        try:
+            if not address.path:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address.path or (address.host, address.port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"address: cannot listen there: {error.strerror or type(error).__name__}") from None
+        listener.setblocking(False)
+        return listener
+
+    async def _accept(self, listener: socket.socket) -> None:
+        if self._tls is not None and listener.family != socket.AF_UNIX:
+
+            async def come(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await self._welcome(TlsWire(reader, writer))
+
+            server = await asyncio.start_server(
+                come, sock=listener, ssl=self._tls.server, ssl_handshake_timeout=GREETING_S
+            )
+            async with server:
+                await server.serve_forever()
+        with listener:
+            while True:
+                try:
+                    accepted, _ = await self._loop.sock_accept(listener)
+                except OSError:  # too many files, or gone before it was taken
+                    self.counts["unaccepted"] += 1
+                    await asyncio.sleep(0.05)
+                    continue
+                self._spawn(self._welcome(PlainWire(accepted)))
+
+    async def _welcome(self, wire: PlainWire | TlsWire) -> None:
+        if self._strangers >= STRANGERS:
+            self.counts["crowded"] += 1
+            wire.close()
+            return
+        self._strangers += 1
+        mine = Card(self.name, "", WAYS[0], "".join(self.addresses[:1]), self.geometry)
+        try:
+            made = await self._greeted(_ready(wire), mine, dialing=False)
+        finally:
+            self._strangers -= 1
+        if made is not None:
+            self._adopt(made)
+
+    def _adopt(self, connection: Connection) -> None:
+        key = connection.peer, connection.way
+        with self._lock:
+            channel = self._channels.get(key) or self._channels.setdefault(key, Channel(*key, self._limits))
+        channel.connections.append(connection)
+        channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
+        connection.reader = self._spawn(self._read(connection))
+        self.counts["connected"] += 1
+
+    async def _read(self, connection: Connection) -> None:
+        try:
+            while True:
+                message = await connection.receive()
+                if isinstance(message, Parts) and message.staged is None:
+                    self.counts["damaged"] += 1
+                self._on_message(connection.peer, message)
+        except Malformed as error:
+            self.counts["malformed"] += 1
+            self.refusals.append(str(error))
+        except BROKEN:
+            self.counts["ended"] += 1
+        finally:
+            self._lose(connection)
+
+    def _lose(self, connection: Connection) -> None:
+        """A connection is over; with its last control connection a peer is lost."""
+        connection.close()
+        channel = self._channels.get((connection.peer, connection.way))
+        if channel is None or connection not in channel.connections:
+            return
+        channel.connections.remove(connection)
+        if not channel.connections:
+            self._drop(channel)
+            if connection.way == "control" and not self._ended.is_set():
+                self._on_lost(connection.peer)
+
+    def _drop(self, channel: Channel) -> None:
+        with self._lock:
+            self.dropped += channel.outgoing.clear()
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._known.pop(name, None)
+            gone = [self._channels.pop((name, way), None) for way in WAYS]
+        for channel in filter(None, gone):
+            for connection in channel.connections:
+                connection.close()
+            if channel.writer is not None:
+                channel.writer.cancel()
+
+
+async def _ready(wire: PlainWire | TlsWire) -> Pipe:
+    return Pipe(wire)
+
+
+def _address_of(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port, *_ = listener.getsockname()
+    return str(Address("", host, port))

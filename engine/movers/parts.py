@@ -1,0 +1,171 @@
+"""The KV of a `Parts` on its way: which bytes, in which order, and how the receiver knows that they are right.
+
+    header   handoff, generation, first, blocks | dtype, K L n C H | checksums [K, L, n]
+    payload  keys [K, L, n, C, H], then values: head first, so that what any shard wants is one piece
+
+The sender hands out views of what it holds, nothing is copied or joined. The receiver reads straight into two
+buffers of its own and hands those on, read-only. What is of another dtype or shape than its lane's, or has other
+checksums, is delivered as a `Parts` without `staged`: the core asks again, and gives up when it happens too often.
+Checksums are taken head by head, so that a loop can do other things in between.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgpack
+import numpy as np
+
+from engine.core.handoff import CREDIT, Parts
+from engine.errors import Malformed
+from engine.movers.checksums import checksums
+from engine.movers.fields import group, octets, text, whole
+from engine.movers.geometry import Geometry
+from engine.observe.plan_bytes import read_map
+
+KIND = 80
+ALIGNED = 64  # bytes; a CPU device takes over a buffer that begins at such an address
+MOST_SUMS = 1 << 24  # bytes
+
+
+class Heads(NamedTuple):
+    """Keys and values of consecutive heads on the host."""
+
+    keys_KLnCH: np.ndarray
+    values_KLnCH: np.ndarray
+
+
+class PartsHeader(NamedTuple):
+    """What a frame says of its payload."""
+
+    handoff: int
+    generation: int
+    first: int
+    num_blocks: int
+    dtype: str
+    heads: int
+    layers: int
+    size: int
+    width: int
+    sums: bytes
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.heads, self.layers, self.num_blocks, self.size, self.width
+
+    def without(self) -> Parts:
+        """The part as it is delivered when its bytes are no good."""
+        return Parts(self.handoff, self.generation, self.first, self.num_blocks, None)
+
+
+FIELDS = group(
+    PartsHeader,
+    *(whole(key) for key in ("h", "g", "fi")),
+    whole("nb", 1, CREDIT),
+    text("dt", 64),
+    *(whole(key, 0, 1 << 16) for key in ("k", "l", "c", "w")),
+    octets("su", MOST_SUMS),
+)
+
+
+def shards(part: Parts) -> tuple[Heads, ...]:
+    """`part.staged` as heads in order: it is (keys, values), or a sequence of such pairs, one a shard.
+
+    What has more members than these two, as a shard that also says which heads it has, may lead with them.
+    """
+    staged = part.staged
+    if staged is None:
+        return ()
+    assert isinstance(staged, tuple | list) and staged
+    whole_ = isinstance(staged[-1], np.ndarray)
+    return tuple(Heads(*each[-2:]) for each in ([staged] if whole_ else staged))
+
+
+def num_bytes(part: Parts) -> int:
+    """Of its payload."""
+    return sum(array.nbytes for each in shards(part) for array in each)
+
+
+def sums_by_head(part: Parts) -> Iterator[np.ndarray]:
+    """Checksums [1, L, n] of one head after the other."""
+    for keys, values in shards(part):
+        for head in range(len(keys)):
+            yield checksums(keys[head : head + 1], values[head : head + 1])
+
+
+def header_of(part: Parts, sums: list[np.ndarray]) -> bytes:
+    """The header of its frame."""
+    pieces = shards(part)
+    if not pieces:
+        about = PartsHeader(*part[:4], "", 0, 0, 0, 0, b"")
+    else:
+        _, layers, _, size, width = pieces[0].keys_KLnCH.shape
+        heads = sum(len(keys) for keys, _ in pieces)
+        dtype = pieces[0].keys_KLnCH.dtype.name
+        about = PartsHeader(*part[:4], dtype, heads, layers, size, width, b"".join(each.tobytes() for each in sums))
+    return msgpack.packb(FIELDS.write(about, 0.0))
+
+
+def views(part: Parts) -> Iterator[memoryview]:
+    """The payload, in order, as it lies in memory."""
+    pieces = shards(part)
+    for which in range(2):
+        for piece in pieces:
+            array_KLnCH = piece[which]
+            if array_KLnCH.flags.c_contiguous:
+                yield memoryview(array_KLnCH.reshape(-1).view(np.uint8))
+            else:
+                heads, layers = array_KLnCH.shape[:2]
+                for line in array_KLnCH.reshape(heads * layers, -1).view(np.uint8):
+                    yield memoryview(line)
+
+
+def read_header(data: bytes | bytearray | memoryview, payload: int) -> PartsHeader:
+    """What `data` says of a payload of so many bytes. Raises Malformed."""
+    header = FIELDS.read(read_map(bytes(data), FIELDS.schema, "parts"), 0.0)
+    assert isinstance(header, PartsHeader)
+    heads, layers, count, *_ = header.shape
+    sums = heads * layers * count * 8
+    if len(header.sums) != sums:
+        raise Malformed(f"parts: got {len(header.sums)} bytes of checksums; expected {sums}")
+    if (payload == 0) != (sums == 0):
+        raise Malformed("parts: got checksums without blocks, or blocks without checksums")
+    return header
+
+
+class Intake:
+    """Buffers of the receiver's own for one part, and the judgement of what came into them."""
+
+    def __init__(self, header: PartsHeader, payload: int, geometry: Geometry):
+        self.header = header
+        shape, dtype = geometry.shape(header.num_blocks), geometry.numpy_dtype()
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.fits = (header.dtype, header.shape, payload) == (geometry.dtype, shape, 2 * size)
+        self.heads = Heads(*(_empty(shape, dtype, size) for _ in range(2))) if self.fits else None
+
+    def views(self) -> Iterator[memoryview]:
+        """Where the payload goes, in order."""
+        assert self.heads is not None
+        for array in self.heads:
+            yield memoryview(array.reshape(-1).view(np.uint8))
+
+    def damaged_heads(self) -> Iterator[bool]:
+        """Head after head, whether it is not what its checksums say."""
+        assert self.heads is not None
+        sums_KLn = np.frombuffer(self.header.sums, "<u8").reshape(self.header.shape[:3])
+        part = self.header.without()._replace(staged=self.heads)
+        for found, expected in zip(sums_by_head(part), sums_KLn, strict=True):
+            yield not np.array_equal(found[0], expected)
+
+    def part(self) -> Parts:
+        """The part with its blocks, which nobody here keeps and nobody can write."""
+        assert self.heads is not None
+        for array in self.heads:
+            array.flags.writeable = False
+        return self.header.without()._replace(staged=self.heads)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:
+    """An array that begins at an aligned address."""
+    room = np.empty(size + ALIGNED, np.uint8)
+    start = -room.ctypes.data % ALIGNED
+    return room[start : start + size].view(dtype).reshape(shape)

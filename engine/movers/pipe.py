@@ -1,0 +1,190 @@
+"""Bytes over one connection, in an asyncio loop: received straight into place, sent as they lie in memory.
+
+    socket --recv_into--> read-ahead buffer --> small reads          large reads go straight to their place
+    sendmsg <-- views of many pieces                                  nothing is joined
+
+Over TLS the same through asyncio's streams, at the price of copies. Whoever reads says how long it may take; a send
+that moves nothing for STUCK_S raises TimeoutError. The end of the other side is EOFError.
+"""
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+AHEAD = 1 << 16  # bytes read before they are asked for
+ONCE = 1 << 20  # most bytes of one call, so that a loop turns
+PIECES = 256  # most pieces of one call
+STUCK_S = 10.0
+
+
+class Wire(Protocol):
+    """What moves bytes."""
+
+    async def receive(self, into: memoryview) -> int:
+        """How many bytes came, at least 1; 0 when the other side has ended."""
+        ...
+
+    async def send(self, pieces: deque[memoryview]) -> None:
+        """Send all pieces."""
+        ...
+
+    def close(self) -> None:
+        """At once; what is on its way may be lost."""
+        ...
+
+
+class PlainWire:
+    """A socket as it is."""
+
+    def __init__(self, connected: socket.socket):
+        connected.setblocking(False)
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future | None = None
+
+    async def receive(self, into: memoryview) -> int:
+        """How many bytes came; 0 at the end."""
+        return await self._loop.sock_recv_into(self._socket, into[:ONCE])
+
+    async def send(self, pieces: deque[memoryview]) -> None:
+        """Send all pieces; yields to the loop after each call."""
+        while pieces:
+            try:
+                sent = self._socket.sendmsg(_some(pieces))
+            except BlockingIOError:
+                await self._writable()
+                continue
+            _drop(pieces, sent)
+            if pieces:
+                await asyncio.sleep(0)
+
+    async def _writable(self) -> None:
+        descriptor = self._socket.fileno()
+        self._waiting = self._loop.create_future()
+        self._loop.add_writer(descriptor, _settle, self._waiting)
+        try:
+            async with asyncio.timeout(STUCK_S):
+                await self._waiting
+        finally:
+            self._waiting = None
+            if self._socket.fileno() >= 0:
+                self._loop.remove_writer(descriptor)
+
+    def close(self) -> None:
+        """At once."""
+        if (descriptor := self._socket.fileno()) >= 0:
+            self._loop.remove_reader(descriptor)
+            self._loop.remove_writer(descriptor)
+            self._socket.close()
+        if self._waiting is not None:
+            _settle(self._waiting)  # the next call finds the socket closed
+
+
+class TlsWire:
+    """asyncio's streams, which do the TLS."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader, self._writer = reader, writer
+
+    async def receive(self, into: memoryview) -> int:
+        """How many bytes came; 0 at the end."""
+        data = await self._reader.read(min(len(into), ONCE))
+        into[: len(data)] = data
+        return len(data)
+
+    async def send(self, pieces: deque[memoryview]) -> None:
+        """Send all pieces."""
+        while pieces:
+            batch = _some(pieces)
+            self._writer.writelines(batch)
+            async with asyncio.timeout(STUCK_S):
+                await self._writer.drain()
+            _drop(pieces, sum(map(len, batch)))
+
+    def close(self) -> None:
+        """At once."""
+        self._writer.transport.abort()
+
+
+class Pipe:
+    """One connection. One task reads, one writes."""
+
+    def __init__(self, wire: Wire):
+        self._wire = wire
+        self._ahead = memoryview(bytearray(AHEAD))
+        self._start = self._stop = 0
+        self.closed = False
+
+    async def some(self) -> None:
+        """Wait until there is something to read."""
+        if self._start == self._stop:
+            self._start, self._stop = 0, await self._wire.receive(self._ahead)
+            if self._stop == 0:
+                raise EOFError("the other side has ended")
+
+    async def fill(self, into: memoryview) -> None:
+        """Read exactly `into`."""
+        done = 0
+        while done < len(into):
+            left = len(into) - done
+            if self._start < self._stop:
+                took = min(left, self._stop - self._start)
+                into[done : done + took] = self._ahead[self._start : self._start + took]
+                self._start += took
+            elif left < AHEAD:
+                await self.some()
+                continue
+            elif (took := await self._wire.receive(into[done:])) == 0:
+                raise EOFError("the other side has ended")
+            done += took
+
+    async def skip(self, count: int) -> None:
+        """Read `count` bytes and keep none."""
+        scratch = memoryview(bytearray(min(count, ONCE)))
+        while count > 0:
+            await self.fill(scratch[:count])
+            count -= len(scratch)
+
+    async def take(self, count: int) -> bytearray:
+        """Exactly `count` bytes."""
+        found = bytearray(count)
+        await self.fill(memoryview(found))
+        return found
+
+    async def send(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Send all pieces, in order."""
+        await self._wire.send(deque(memoryview(piece) for piece in pieces if len(piece)))
+
+    def close(self) -> None:
+        """At once; who waits for it fails."""
+        if not self.closed:
+            self.closed = True
+            self._wire.close()
+
+
+def _some(pieces: deque[memoryview]) -> list[memoryview]:
+    """The first pieces, so many that one call takes them."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece[: ONCE - size])
+        size += len(batch[-1])
+        if size >= ONCE or len(batch) == PIECES:
+            break
+    return batch
+
+
+def _drop(pieces: deque[memoryview], sent: int) -> None:
+    while pieces and sent >= len(pieces[0]):
+        sent -= len(pieces.popleft())
+    if sent:
+        pieces[0] = pieces[0][sent:]
+
+
+def _settle(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_result(None)

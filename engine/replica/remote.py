@@ -1,0 +1,77 @@
+"""The lanes of other processes behind a replica's router: sessions over links, given up when they are lost.
+
+    links --packets--> Members --> Router --> outputs          all of it where the replica's `dispatch` chooses
+    Router --> Members --packets--> links
+
+A connection that ends and a silence are the same: the lane is given up and what it served goes on elsewhere.
+"""
+
+import threading
+from collections.abc import Callable
+
+from engine.clock import Clock
+from engine.core.membership import Answered, Members
+from engine.core.messages import FRONT
+from engine.core.router import Router
+from engine.movers.links import Links
+
+TICK_S = 0.1
+
+Dispatch = Callable[[Callable[[], None]], None]
+
+
+class Remote:
+    """`first_session` is random. `settle` is called after the router has heard something, where it lives."""
+
+    def __init__(self, router: Router, clock: Clock, secret: bytes, first_session: int, settle: Callable[[], None]):
+        self.members, self._clock, self._settle = Members(router, first_session), clock, settle
+        self.links = Links(FRONT, secret, self._hear, self._gone, clock=clock)
+        self._dispatch: Callable[[], Dispatch] = lambda: lambda call: call()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="front", daemon=True)
+
+    def start(self, listen: list[str], dispatch: Callable[[], Dispatch]) -> None:
+        """Listen for lanes; `dispatch()` gives the way to the thread where the router lives."""
+        self._dispatch = dispatch
+        self.links.start(listen)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the lanes to themselves."""
+        self._stopping.set()
+        self._thread.join()
+        self.links.close()
+
+    def flush(self) -> None:
+        """Send what the router has to say to lanes elsewhere. Call it where the router lives."""
+        self._post(self.members.flush(self._clock.now()))
+
+    def lost(self, lane: str) -> None:
+        """A lane's process has ended, as whoever started it knows."""
+        self._gone(lane)
+
+    def _hear(self, sender: str, said: object) -> None:
+        def take() -> None:
+            self._post(self.members.receive(self._clock.now(), sender, said))  # type: ignore[arg-type]
+            self._settle()
+
+        self._dispatch()(take)
+
+    def _gone(self, peer: str) -> None:
+        def give_up() -> None:
+            self.members.lost(peer)
+            self._settle()
+
+        self._dispatch()(give_up)
+
+    def _tick(self) -> None:
+        def tick() -> None:
+            self._post(self.members.tick(self._clock.now()))
+            self._settle()
+
+        while not self._stopping.wait(TICK_S):
+            self._dispatch()(tick)
+
+    def _post(self, packets: list[tuple[str, Answered]]) -> None:
+        for name, packet in packets:
+            self.links.post(name, packet)
