@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -109,25 +110,33 @@ ROWS = (
 )  # fmt: skip
 
 
-class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads one module with one place changed."""
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Finds one module and loads it with one place changed; nothing of it is cached."""
 
     def __init__(self, mutant: Mutant):
-        self._mutant = mutant
-        self._path = ROOT / (mutant.module.replace(".", "/") + ".py")
+        self._mutant, self._path = mutant, path_of(mutant)
 
     def find_spec(self, name, path=None, target=None):
         """Ours is the one module only."""
         return importlib.util.spec_from_loader(name, self) if name == self._mutant.module else None
 
-    def exec_module(self, module):
-        """Run the changed source."""
-        exec(compile(changed(self._mutant), str(self._path), "exec"), module.__dict__)
+    def get_filename(self, fullname):
+        """Where tracebacks look for its lines."""
+        return str(self._path)
+
+    def get_data(self, path):
+        """The source to compile."""
+        return changed(self._mutant).encode()
+
+
+def path_of(mutant: Mutant) -> Path:
+    """The file that the module is in."""
+    return ROOT / (mutant.module.replace(".", "/") + ".py")
 
 
 def changed(mutant: Mutant) -> str:
     """The source with the bug in it. Raises AssertionError where the source has moved on."""
-    source = (ROOT / (mutant.module.replace(".", "/") + ".py")).read_text()
+    source = path_of(mutant).read_text()
     assert source.count(mutant.before) == 1, f"{mutant.name}: found {source.count(mutant.before)} times"
     return source.replace(mutant.before, mutant.after)
 
@@ -135,4 +144,12 @@ def changed(mutant: Mutant) -> str:
 def install(mutant: Mutant) -> None:
     """Import the module with the bug, before anything else imports it."""
     assert mutant.module not in sys.modules
-    sys.meta_path.insert(0, _Loader(mutant))
+    sys.meta_path.insert(0, Changed(mutant))
+
+
+def load(mutant: Mutant) -> ModuleType:
+    """A copy of the module with the bug, which nobody else sees."""
+    spec = importlib.util.spec_from_loader(f"{mutant.module}_with_a_bug", Changed(mutant))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
