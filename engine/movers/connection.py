@@ -5,9 +5,9 @@
 
 Two connections to a peer, because what stands in the buffers of one, ours and the kernel's, must all leave before
 what comes after it: a heartbeat behind 64 MiB of KV would wait for its receiver to read that.
-A frame that began must be whole soon, however slowly its bytes come; a connection may be idle for ever. Whatever is
-not a whole, right frame ends it with Malformed, as a frame's end is not to be trusted then. Damaged KV does not: its
-length is known, and it is delivered as a part without blocks.
+A frame that began must be whole soon, however slowly its bytes come; a connection may be idle for ever. What is
+not a whole, right frame ends it with Malformed, as where the next one begins is not to be trusted then. Damaged KV
+does not: its length is known, and it is delivered as a part without blocks.
 """
 
 import asyncio
@@ -42,13 +42,15 @@ class Patience(NamedTuple):
 class Connection:
     """To `peer`, for `way` control or bulk. `geometry` is ours, where KV may come."""
 
-    def __init__(self, pipe: Pipe, peer: str, way: str, geometry: Geometry | None, clock: Clock, patience: Patience):
+    def __init__(
+        self, pipe: Pipe, peer: str, way: str, geometry: Geometry | None, clock: Clock, patience: Patience
+    ):
         self.pipe, self.peer, self.way = pipe, peer, way
         self.reader: asyncio.Task | None = None
         self._geometry, self._clock, self._patience = geometry, clock, patience
 
     async def receive(self) -> object:
-        """The next message. Raises Malformed, EOFError, OSError, or TimeoutError for a frame that takes too long."""
+        """The next message. Raises Malformed, EOFError, OSError, or TimeoutError where a frame takes too long."""
         await self.pipe.some()
         bulk = self.way == "bulk"
         loop = asyncio.get_running_loop()

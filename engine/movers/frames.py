@@ -45,7 +45,9 @@ def read_prefix(data: bytes | memoryview, most_header: int = MAX_BYTES, most_pay
     if magic != MAGIC:
         raise Malformed("frame: got other bytes than those every frame begins with")
     if version != VERSION:
-        raise Malformed(f"frame: got protocol version {version}; expected {VERSION}: both ends need the same release")
+        raise Malformed(
+            f"frame: got protocol version {version}; expected {VERSION}: both ends need the same release"
+        )
     if bytes(data[LAYOUT.size : PREFIX]) != _sum(data[: LAYOUT.size]):
         raise Malformed("frame: got a prefix that came damaged")
     prefix = Prefix(*numbers)

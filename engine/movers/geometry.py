@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
         """What `theirs` has otherwise, as a sentence; empty where nothing."""
         for name, mine, other in zip(self._fields, self, theirs, strict=True):
             if mine != other:
-                return f"geometry: {name} is {other!s:.64} there and {mine!s:.64} here; lanes that move KV need the same"
+                return f"geometry: {name} is {other!s:.64} there and {mine!s:.64} here; both need the same"
         return ""
 
 

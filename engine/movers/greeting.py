@@ -144,7 +144,7 @@ async def _compare(pipe: Pipe, mine: Card, theirs: Card, dialing: bool) -> Card:
     assert isinstance(answer, Turned)
     if reason or answer.reason:
         raise Stranger(reason or answer.reason)
-    return theirs if dialing else theirs
+    return theirs
 
 
 async def _say(pipe: Pipe, kind: int, what: NamedTuple) -> None:

@@ -30,10 +30,10 @@ from engine.movers.geometry import Geometry
 from engine.movers.greeting import WAYS, Card, Stranger, greet
 from engine.movers.outgoing import Outgoing
 from engine.movers.pipe import Pipe, PlainWire, TlsWire
+from engine.movers.sockets import address_of, dial, end, listening
 
 GREETING_S = 5.0
 STRANGERS = 64  # connections that have not proved anything yet
-BACKLOG = 128
 REMEMBERED = 16  # sentences of refusals
 BROKEN = (OSError, EOFError, TimeoutError, ssl.SSLError)
 
@@ -82,7 +82,7 @@ class Links:
         geometry: Geometry | None = None,
         clock: Clock | None = None,
         tls: Tls | None = None,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
     ):
         self.name, self.geometry = name, geometry
         self.counts: Counter[str] = Counter()  # of the loop's thread
@@ -90,13 +90,15 @@ class Links:
         self.refusals: deque[str] = deque(maxlen=REMEMBERED)
         self.addresses: tuple[str, ...] = ()
         self._secret, self._on_message, self._on_lost = secret, on_message, on_lost
-        self._clock, self._tls, self._limits = clock or SystemClock(), tls, limits
+        self._clock, self._tls, self._limits = clock or SystemClock(), tls, limits or Limits()
         self._lock = threading.RLock()  # tasks that end while the loop is closed take it again
         self._channels: dict[tuple[str, str], Channel] = {}
         self._known: dict[str, Address] = {}
         self._stirred: set[tuple[str, str]] = set()
         self._tasks: set[asyncio.Task] = set()
+        self._listeners: list[socket.socket] = []
         self._strangers = 0
+        self._over = False
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=f"links of {name}", daemon=True)
@@ -105,10 +107,11 @@ class Links:
 
     def start(self, listen: Sequence[str] = ()) -> None:
         """Listen at these addresses (port 0: a free one), and begin. Raises ConfigError."""
-        listeners = [self._listener(addresses.parse(each)) for each in listen]
-        self.addresses = tuple(_address_of(listener) for listener in listeners)
-        for listener in listeners:
-            self._loop.call_soon(self._spawn, self._accept(listener))
+        wanted = [addresses.parse(each) for each in listen]
+        for address in wanted:
+            addresses.check_tls(address, self._tls)
+        self._listeners = [listening(address) for address in wanted]
+        self.addresses = tuple(str(address_of(listener)) for listener in self._listeners)
         self._thread.start()
 
     def meet(self, name: str, address: str) -> None:
@@ -128,7 +131,7 @@ class Links:
         with self._lock:
             key = receiver, way
             channel = self._channels.get(key) or self._channels.setdefault(key, Channel(*key, self._limits))
-            if self._loop.is_closed() or not channel.outgoing.put(item, size):
+            if self._over or not channel.outgoing.put(item, size):
                 self.dropped += 1
                 return False
             if key in self._stirred:
@@ -156,19 +159,26 @@ class Links:
 
     def _soon(self, action: Callable, *arguments: object) -> None:
         with self._lock:
-            if not self._loop.is_closed():
+            if not self._over:
                 self._loop.call_soon_threadsafe(action, *arguments)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._ended.wait())
+            runner.run(self._serve())
+            for listener in self._listeners:
+                end(listener)
             for channel in self._channels.values():
                 for connection in channel.connections:
                     connection.pipe.close()
-            self._lock.acquire()  # the runner ends every task and closes the loop; nobody may post meanwhile
-        self._lock.release()
+            with self._lock:
+                self._over = True  # nobody may wake the loop, which the runner closes now
+
+    async def _serve(self) -> None:
+        for listener in self._listeners:
+            self._spawn(self._accept(listener))
+        await self._ended.wait()
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = self._loop.create_task(work)
@@ -208,7 +218,7 @@ class Links:
             address = self._known.get(channel.peer)
         if address is not None and not channel.connections:
             mine = Card(self.name, channel.peer, channel.way, "".join(self.addresses[:1]), self.geometry)
-            made = await self._greeted(self._open(address), mine, dialing=True)
+            made = await self._greeted(dial(address, self._tls and self._tls.client), mine, dialing=True)
             if made is not None:
                 self._adopt(made)
         if channel.connections:
@@ -217,22 +227,6 @@ class Links:
         channel.retry_at = self._loop.time() + channel.wait_s
         channel.wait_s = min(2 * channel.wait_s, self._limits.retry_most_s)
         return None
-
-    async def _open(self, address: Address) -> Pipe:
-        if address.path:
-            connecting = socket.socket(socket.AF_UNIX)
-        elif self._tls is not None:
-            streams = asyncio.open_connection(address.host, address.port, ssl=self._tls.client)
-            return Pipe(TlsWire(*await streams))
-        else:
-            connecting = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET)
-        connecting.setblocking(False)
-        try:
-            await self._loop.sock_connect(connecting, address.path or (address.host, address.port))
-        except BaseException:
-            connecting.close()
-            raise
-        return Pipe(PlainWire(connecting))
 
     async def _greeted(self, opening: Coroutine, mine: Card, dialing: bool) -> Connection | None:
         pipe = None
@@ -267,23 +261,6 @@ class Links:
 
     # -- connections --------------------------------------------------------------------------------------------
 
-    def _listener(self, address: Address) -> socket.socket:
-        addresses.check_tls(address, self._tls)
-        if address.path:
-            addresses.prepare(address.path)
-        family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        listener = socket.socket(family)
-        try:
-            if not address.path:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address.path or (address.host, address.port))
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise ConfigError(f"address: cannot listen there: {error.strerror or type(error).__name__}") from None
-        listener.setblocking(False)
-        return listener
-
     async def _accept(self, listener: socket.socket) -> None:
         if self._tls is not None and listener.family != socket.AF_UNIX:
 
@@ -295,15 +272,14 @@ class Links:
             )
             async with server:
                 await server.serve_forever()
-        with listener:
-            while True:
-                try:
-                    accepted, _ = await self._loop.sock_accept(listener)
-                except OSError:  # too many files, or gone before it was taken
-                    self.counts["unaccepted"] += 1
-                    await asyncio.sleep(0.05)
-                    continue
-                self._spawn(self._welcome(PlainWire(accepted)))
+        while True:
+            try:
+                accepted, _ = await self._loop.sock_accept(listener)
+            except OSError:  # too many files, or gone before it was taken
+                self.counts["unaccepted"] += 1
+                await asyncio.sleep(0.05)
+                continue
+            self._spawn(self._welcome(PlainWire(accepted)))
 
     async def _welcome(self, wire: PlainWire | TlsWire) -> None:
         if self._strangers >= STRANGERS:
@@ -372,10 +348,3 @@ class Links:
 
 async def _ready(wire: PlainWire | TlsWire) -> Pipe:
     return Pipe(wire)
-
-
-def _address_of(listener: socket.socket) -> str:
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{listener.getsockname()}"
-    host, port, *_ = listener.getsockname()
-    return str(Address("", host, port))
