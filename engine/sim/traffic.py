@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from engine.core.request import Request, Sampling, Stopping
-from engine.core.router import Drawn, Ended, Event, Scored, Track
+from engine.core.router import Drawn, Ended, Event, Journey, Scored, Track
 from engine.core.sequence import Part, sequences
 from engine.errors import DeviceError
 from engine.sim.faults import Faults
@@ -32,28 +32,46 @@ class Asked:
 def draw_requests(rng: random.Random, faults: Faults, count: int) -> list[Asked]:
     """`count` requests spread over the faulty time."""
     stems = [rng.choices(range(VOCAB - 1), k=40) for _ in range(3)]
-    asked = []
+    asked: list[Asked] = []
     for number in range(count):
         at = rng.uniform(0.0, 0.6 * faults.heal_at)
-        stem = rng.choice(stems)
-        cut = rng.choice([rng.randint(1, 40), 4 * rng.randint(1, 9) + 1])  # often just past a block's end
-        ids = stem[:cut] + rng.choices(range(VOCAB - 1), k=rng.choice([0, 0, rng.randint(1, 6)]))
+        if asked and rng.random() < 0.25:
+            before = rng.choice(asked)
+            at, ids, salt = before.at + rng.uniform(0.2, 2.0), said(before), before.request.salt
+        else:
+            ids, salt = _prompt(rng, stems), rng.choice([b"", b"", b"x"])
         request = Request(
             f"r{number}",
-            tuple(ids),
+            ids,
             Sampling(
                 n=rng.choice([1, 1, 1, 2]),
                 seed=rng.randrange(1000),
                 prompt_logprobs=rng.choice([None, None, None, 1]),
             ),
-            Stopping(max_tokens=rng.randint(1, 14), ignore_eos=rng.random() < 0.5),
+            Stopping(max_tokens=min(rng.randint(1, 14), CONTEXT - len(ids)), ignore_eos=rng.random() < 0.5),
             deadline_at=at + rng.uniform(0.01, 6.0) if rng.random() < faults.deadlines else None,
-            salt=rng.choice([b"", b"", b"x"]),
+            salt=salt,
         )
         cancel_at = at + rng.uniform(0.0, 3.0) if rng.random() < faults.cancels else None
         hold_at = at + rng.uniform(0.0, 1.0) if rng.random() < faults.holds else None
         asked.append(Asked(at, request, 0, cancel_at, hold_at))
     return asked
+
+
+def _prompt(rng: random.Random, stems: list[list[int]]) -> tuple[int, ...]:
+    """A beginning that others share, often cut just past a block's end, and something of its own."""
+    cut = rng.choice([rng.randint(1, 40), 4 * rng.randint(1, 9) + 1])
+    own = rng.choices(range(VOCAB - 1), k=rng.choice([0, 0, rng.randint(1, 6)]))
+    return tuple(rng.choice(stems)[:cut] + own)
+
+
+def said(before: Asked) -> tuple[int, ...]:
+    """A conversation's next prompt: prompt and answer of `before`, cut just past a block's end.
+
+    A lane that answered `before` has all its KV but that of the last token, and the router does not know it.
+    """
+    whole = before.request.prompt_ids + tuple(lone(Track(Journey(before.request, before.seed), 0)))
+    return whole[: (len(whole) - 1) // 4 * 4 + 1]
 
 
 @dataclass(slots=True)

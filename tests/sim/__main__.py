@@ -3,6 +3,7 @@
 --seeds A:B        every seed from A to B - 1; a violation prints its seed and what did not hold
 --replay SEED      one seed twice; says whether both went the same way
 --mutants all      bugs on purpose: the first seed that finds each
+--handoffs N       so many handoffs without tokens, with storms of cancels: blocks that hold somebody else's KV
 """
 
 import argparse
@@ -10,11 +11,15 @@ import importlib
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.sim.mutants import ROWS, install
 
-CHUNK = 100
+CHUNK = 100  # lives a process
+WALK = 50_000  # handoffs a process
+COUNTS = ("handoffs", "committed", "aborted", "died", "cancels", "blocks moved", "foreign blocks", "lost blocks")
+HANGS_S = 60.0, 0.3  # a mutant whose process takes longer than this, and this a seed, hangs: a find too
 
 
 def live(first: int, last: int, stop: bool) -> int:
@@ -53,9 +58,29 @@ def spread(first: int, last: int, jobs: int) -> int:
     return 1 if bad else 0
 
 
-def run(command: list[str]) -> list[str]:
+def walk(wanted: int, jobs: int) -> int:
+    """Hand `wanted` prompts on in `jobs` processes; 1 if a block was lost or held somebody else's KV."""
+    began, totals = time.perf_counter(), Counter()
+    starts = range(0, wanted, WALK)
+    commands = [
+        [sys.executable, "-m", "tests.sim.handoffs", str(start), str(min(WALK, wanted - start))] for start in starts
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        for lines in pool.map(run, commands):
+            for name, count in (line.split("\t") for line in lines):
+                totals[name] += int(count)
+    took = time.perf_counter() - began
+    said = ", ".join(f"{totals[name]} {name}" for name in COUNTS)
+    print(f"{said}, {took:.1f} s, {totals['handoffs'] / took:.0f} handoffs/s")
+    return 1 if totals["foreign blocks"] or totals["lost blocks"] else 0
+
+
+def run(command: list[str], limit_s: float | None = None) -> list[str]:
     """The lines a process prints."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return [f"hangs for {limit_s:.0f} s"]
     if not result.stdout.strip():
         raise RuntimeError(result.stderr[-2000:])
     return result.stdout.strip().splitlines()
@@ -65,12 +90,12 @@ def hunt(wanted: str, last: int, jobs: int) -> int:
     """The first seed that finds each mutant; 1 if one lives."""
     rows = [(number, row) for number, row in enumerate(ROWS) if wanted in ("all", str(number), row.name)]
     commands = [[sys.executable, "-m", "tests.sim", "--mutant", str(n), "--live", f"0:{last}"] for n, _ in rows]
-    alive = 0
+    alive, limit_s = 0, HANGS_S[0] + HANGS_S[1] * last
     with ThreadPoolExecutor(jobs) as pool:
-        for (number, row), lines in zip(rows, pool.map(run, commands), strict=True):
-            found = lines[0] if lines[0].startswith("seed") else f"LIVES after {last} seeds"
-            alive += not lines[0].startswith("seed")
-            print(f"{number:3} {row.name}: {found[:140]}", flush=True)
+        for (number, row), lines in zip(rows, pool.map(lambda c: run(c, limit_s), commands), strict=True):
+            killed = lines[0].startswith(("seed", "hangs"))
+            alive += not killed
+            print(f"{number:3} {row.name}: {lines[0][:140] if killed else f'LIVES after {last} seeds'}", flush=True)
     print(f"{len(rows)} mutants, {alive} alive")
     return 1 if alive else 0
 
@@ -82,6 +107,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--mutants", help="all, a number or a name")
     parser.add_argument("--replay", type=int, metavar="SEED")
+    parser.add_argument("--handoffs", type=int, metavar="N")
     parser.add_argument("--live", help=argparse.SUPPRESS)
     parser.add_argument("--mutant", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -90,6 +116,8 @@ def main() -> int:
             install(ROWS[options.mutant])
         first, last = map(int, options.live.split(":"))
         return min(live(first, last, options.mutant is not None), 1)
+    if options.handoffs is not None:
+        return walk(options.handoffs, options.jobs)
     first, last = map(int, options.seeds.split(":"))
     if options.replay is not None:
         world = importlib.import_module("engine.sim.world")
