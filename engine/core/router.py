@@ -67,6 +67,7 @@ class Track:
     tokens: list[int] = field(default_factory=list)
     serial: int = 0
     scored: int = 0  # prompt tokens whose log-probability was reported, the first, which has none, left out
+    losses: int = 0
     over: bool = False
 
 
@@ -77,7 +78,6 @@ class Journey:
     request: Request
     seed: int
     tracks: list[Track] = field(default_factory=list)
-    losses: int = 0
     held: bool = False
 
 
@@ -89,6 +89,7 @@ class Leg:
     target: str
     source: str = ""
     handoff: int = 0  # nonzero until its KV has arrived
+    chain: list[bytes] = field(default_factory=list)  # of the prompt whose KV is on its way
 
     @property
     def serials(self) -> tuple[int, ...]:
@@ -220,7 +221,7 @@ class Router:
             case messages.Scored(serial=serial) if (track := self._tracks.get(serial)) is not None:
                 self._scored(track, message)
             case messages.Committed(handoff=number) if (leg := self._legs.pop(number, None)) is not None:
-                leg.handoff = 0
+                self._committed(leg)
             case Failed(handoff=number) if (leg := self._legs.get(number)) is not None:
                 self._failed(leg, message)
             case Load() if (view := self.lanes.get(lane)) is not None:
@@ -262,6 +263,12 @@ class Router:
         self._close(track)
         self.events.append(Ended(track, over.reason, over.stop, over.error))
 
+    def _committed(self, leg: Leg) -> None:
+        leg.handoff = 0
+        self._remember(leg.target, leg.chain)
+        if leg.tracks[0].journey.held:  # the lane knew none of the choices when it was said first
+            self._to(leg.target, Hold(leg.serials, True))
+
     def _failed(self, leg: Leg, failed: Failed) -> None:
         if failed.error is None:
             self._again(leg, failed.reason)
@@ -273,17 +280,17 @@ class Router:
 
     def _again(self, leg: Leg, reason: str) -> None:
         """Give an attempt up and go on from what was drawn, each choice for itself."""
-        serials, journey = leg.serials, leg.tracks[0].journey
+        serials = leg.serials
         for name in {leg.target, leg.source} & self.lanes.keys():
             self._to(name, Cancel(serials, leg.handoff, reason))
         self._legs.pop(leg.handoff, None)
-        journey.losses += 1
         for track in leg.tracks:
             self._legs.pop(track.serial, None)
             self._tracks.pop(track.serial, None)
             if track.over:
                 continue
-            if journey.losses > MOST_LOSSES:
+            track.losses += 1
+            if track.losses > MOST_LOSSES:
                 error = Unavailable(f"replica: {MOST_LOSSES} attempts failed, the last one because {reason}")
                 self.end(track, "error", error=error)
             elif (last := self._finished(track)) is not None:  # only its terminal was lost
@@ -322,14 +329,15 @@ class Router:
         submit = Submit(request, journey.seed, parts)
         if source is None:
             target.queued += len(tokens) - self._cached(target.name, chain)
+            self._remember(target.name, chain)
             self._to(target.name, submit)
         else:
+            leg.chain = chain
             self._hand_off(leg, source, submit, tokens)
             source.queued += len(tokens) - self._cached(source.name, chain)
             self._remember(source.name, chain)
         if journey.held:
             self._to(target.name, Hold(leg.serials, True))
-        self._remember(target.name, chain)
 
     def _hand_off(self, leg: Leg, source: Lane, submit: Submit, tokens: tuple[int, ...]) -> None:
         self.handoffs += 1
