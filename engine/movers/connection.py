@@ -5,9 +5,10 @@
 
 Two connections to a peer, because what stands in the buffers of one, ours and the kernel's, must all leave before
 what comes after it: a heartbeat behind 64 MiB of KV would wait for its receiver to read that.
-A frame that began must be whole soon, however slowly its bytes come; a connection may be idle for ever. What is
-not a whole, right frame ends it with Malformed, as where the next one begins is not to be trusted then. Damaged KV
-does not: its length is known, and it is delivered as a part without blocks.
+A frame that began must be whole soon, however slowly its bytes come. Both sides say at least a beat every BEAT_S;
+when nothing comes for SILENT beats the connection ends, since a network may swallow what we send and not tell. What
+is not a whole, right frame ends it with Malformed, as where the next one begins is not to be trusted then. Damaged
+KV does not: its length is known, and it is delivered as a part without blocks.
 """
 
 import asyncio
@@ -26,6 +27,9 @@ from engine.movers.words import from_bytes
 from engine.observe.plan_bytes import MAX_BYTES
 
 BATCH = 1 << 18  # bytes of control frames sent at once
+BEAT = 4  # the kind of a frame that only says that somebody is there
+BEAT_S = 1.0
+SILENT = 4  # turns of ours, not seconds: those while this process was stopped are nobody's silence
 
 
 class Patience(NamedTuple):
@@ -46,17 +50,26 @@ class Connection:
         self, pipe: Pipe, peer: str, way: str, geometry: Geometry | None, clock: Clock, patience: Patience
     ):
         self.pipe, self.peer, self.way = pipe, peer, way
-        self.reader: asyncio.Task | None = None
+        self.tasks: list[asyncio.Task] = []
+        self._sending = asyncio.Lock()
+        self._said = 0  # times
         self._geometry, self._clock, self._patience = geometry, clock, patience
 
     async def receive(self) -> object:
         """The next message. Raises Malformed, EOFError, OSError, or TimeoutError where a frame takes too long."""
+        while (message := await self._frame()) is None:
+            pass
+        return message
+
+    async def _frame(self) -> object | None:
         await self.pipe.some()
         bulk = self.way == "bulk"
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(self._patience.frame_s) as limit:
             prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0)
+            if prefix.kind == BEAT and prefix.header == prefix.payload == 0:
+                return None
             if bulk != (prefix.kind == parts.KIND):
                 raise Malformed(f"frame: got kind {prefix.kind}, which does not travel on a {self.way} connection")
             limit.reschedule(began + self._patience.allowed_s(prefix))
@@ -100,10 +113,24 @@ class Connection:
                 pieces.extend(parts.views(item))
             else:
                 pieces.append(item)
-        await self.pipe.send(pieces)
+        async with self._sending:
+            self._said += 1
+            await self.pipe.send(pieces)
+
+    async def keep(self) -> None:
+        """Say a beat where nothing else is said; raises TimeoutError when the other side is silent."""
+        silent = 0
+        while silent < SILENT:
+            received, said = self.pipe.received, self._said
+            await asyncio.sleep(BEAT_S)
+            silent = silent + 1 if self.pipe.received == received else 0
+            if self._said == said and not self._sending.locked():
+                await self.send([frame(BEAT, b"")])
+        raise TimeoutError("the other side is silent")
 
     def close(self) -> None:
         """At once; whoever reads from it is told."""
         self.pipe.close()
-        if self.reader is not None and self.reader is not asyncio.current_task():
-            self.reader.cancel()
+        for task in self.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()

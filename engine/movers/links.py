@@ -106,11 +106,14 @@ class Links:
     # -- for every thread ---------------------------------------------------------------------------------------
 
     def start(self, listen: Sequence[str] = ()) -> None:
-        """Listen at these addresses (port 0: a free one), and begin. Raises ConfigError."""
-        wanted = [addresses.parse(each) for each in listen]
-        for address in wanted:
-            addresses.check_tls(address, self._tls)
-        self._listeners = [listening(address) for address in wanted]
+        """Listen at these addresses (port 0: a free one), and begin. Raises ConfigError, and is closed then."""
+        try:
+            for address in [addresses.parse(each) for each in listen]:
+                addresses.check_tls(address, self._tls)
+                self._listeners.append(listening(address))
+        except ConfigError:
+            self.close()
+            raise
         self.addresses = tuple(str(address_of(listener)) for listener in self._listeners)
         self._thread.start()
 
@@ -150,7 +153,13 @@ class Links:
             self._soon(self._ended.set)
             self._thread.join()
         else:
+            self._over = True
+            self._end_listeners()
             self._loop.close()
+
+    def _end_listeners(self) -> None:
+        for listener in self._listeners:
+            end(listener)
 
     def waiting_bytes(self, receiver: str) -> int:
         """Held for a peer."""
@@ -167,8 +176,7 @@ class Links:
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._serve())
-            for listener in self._listeners:
-                end(listener)
+            self._end_listeners()
             for channel in self._channels.values():
                 for connection in channel.connections:
                     connection.pipe.close()
@@ -301,16 +309,21 @@ class Links:
             channel = self._channels.get(key) or self._channels.setdefault(key, Channel(*key, self._limits))
         channel.connections.append(connection)
         channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
-        connection.reader = self._spawn(self._read(connection))
+        connection.tasks = [
+            self._spawn(self._until_over(connection, work(connection))) for work in (self._read, _keep)
+        ]
         self.counts["connected"] += 1
 
     async def _read(self, connection: Connection) -> None:
+        while True:
+            message = await connection.receive()
+            if isinstance(message, Parts) and message.staged is None:
+                self.counts["damaged"] += 1
+            self._on_message(connection.peer, message)
+
+    async def _until_over(self, connection: Connection, work: Coroutine) -> None:
         try:
-            while True:
-                message = await connection.receive()
-                if isinstance(message, Parts) and message.staged is None:
-                    self.counts["damaged"] += 1
-                self._on_message(connection.peer, message)
+            await work
         except Malformed as error:
             self.counts["malformed"] += 1
             self.refusals.append(str(error))
@@ -344,6 +357,10 @@ class Links:
                 connection.close()
             if channel.writer is not None:
                 channel.writer.cancel()
+
+
+async def _keep(connection: Connection) -> None:
+    await connection.keep()
 
 
 async def _ready(wire: PlainWire | TlsWire) -> Pipe:

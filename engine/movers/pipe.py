@@ -119,6 +119,7 @@ class Pipe:
         self._ahead = memoryview(bytearray(AHEAD))
         self._start = self._stop = 0
         self.closed = False
+        self.received = 0  # bytes
 
     async def some(self) -> None:
         """Wait until there is something to read."""
@@ -126,6 +127,7 @@ class Pipe:
             self._start, self._stop = 0, await self._wire.receive(self._ahead)
             if self._stop == 0:
                 raise EOFError("the other side has ended")
+            self.received += self._stop
 
     async def fill(self, into: memoryview) -> None:
         """Read exactly `into`."""
@@ -141,6 +143,8 @@ class Pipe:
                 continue
             elif (took := await self._wire.receive(into[done:])) == 0:
                 raise EOFError("the other side has ended")
+            else:
+                self.received += took
             done += took
 
     async def skip(self, count: int) -> None:

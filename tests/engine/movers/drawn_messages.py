@@ -21,10 +21,10 @@ WORDS = ("", "a", "p0.3fa9", "Grüße, 世界", "x" * 200)
 
 def same(left: object, right: object) -> bool:
     """Equal in every field, arrays in dtype and shape too, errors in all that a client is told."""
-    if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
     if type(left) is not type(right):
         return False
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
     if isinstance(left, SeracError):
         return (str(left), left.field, left.retry_after_s) == (str(right), right.field, right.retry_after_s)
     if isinstance(left, tuple):

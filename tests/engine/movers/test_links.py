@@ -1,0 +1,495 @@
+"""Links between processes: what arrives is what was sent, strangers and faults disturb nobody, nothing grows."""
+
+import contextlib
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_messages import GEOMETRY, Drawn, same
+from proxy import ALL, CALM, Faults, Proxy
+
+from engine.core.handoff import Fetch, Parts
+from engine.core.membership import Hello
+from engine.errors import ConfigError
+from engine.movers.frames import VERSION
+from engine.movers.greeting import new_secret
+from engine.movers.links import STRANGERS, Limits, Links
+from engine.movers.parts import Heads
+from engine.movers.words import KINDS
+
+SECRET = bytes(range(32))
+HERE = Path(__file__).parent
+
+
+class Ended:
+    """Links with what they heard."""
+
+    def __init__(self, name, geometry=GEOMETRY, secret=SECRET, limits=None, listen=("127.0.0.1:0",), **more):
+        self.heard, self.lost = queue.Queue(), queue.Queue()
+        self.links = Links(
+            name, secret, lambda *heard: self.heard.put(heard), self.lost.put, geometry, limits=limits, **more
+        )
+        self.links.start(listen)
+        self.port = int(self.links.addresses[0].rpartition(":")[2]) if listen and ":" in listen[0][5:] else 0
+
+    def get(self, timeout=10):
+        return self.heard.get(timeout=timeout)
+
+
+@pytest.fixture
+def made():
+    """Makes links, and ends them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments, **more):
+            end = Ended(*arguments, **more)
+            stack.callback(end.links.close)
+            return end
+
+        yield make
+
+
+def until(holds, timeout=10):
+    end = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold"
+        time.sleep(0.005)
+
+
+def refused(end):
+    until(lambda: end.links.refusals)
+    return end.links.refusals[-1]
+
+
+def big_part(megabytes, number=1):
+    count = 16
+    layers = max(megabytes * (1 << 20) // (2 * 4 * count * 16 * 64 * 2), 1)
+    geometry = GEOMETRY._replace(layers=layers, block_size=16, head_width=64)
+    arrays = (np.zeros(geometry.shape(count), np.float16) for _ in range(2))
+    return geometry, Parts(number, 1, 0, count, Heads(*arrays))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0", "unix"])
+def test_every_message_crosses_both_ways_as_it_was(made, address, tmp_path):
+    if "::1" in address and not _has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    listen = f"unix:{tmp_path}/sockets/d0.sock" if address == "unix" else address
+    here, there = made("p0"), made("d0", listen=[listen])
+    here.links.meet("d0", there.links.addresses[0])
+    drawn = Drawn(1)
+    for sender, receiver, name in ((here, there, "d0"), (there, here, "p0")):
+        for kind in [kind for kind, _ in KINDS.values()] + [Parts]:
+            message = drawn.parts() if kind is Parts else drawn.any(kind)
+            while not isinstance(message, Parts) and "at" in getattr(message, "_fields", ()):
+                message = drawn.any(Hello)  # moments depend on the clock
+            if _has_moment(message):
+                continue
+            assert sender.links.post(name, message)
+            assert same(receiver.get()[1], message)
+
+
+def _has_moment(message):
+    inner = getattr(message, "message", None) or message
+    submit = getattr(inner, "submit", inner)
+    request = getattr(submit, "request", None)
+    return hasattr(inner, "at") or (request is not None and request.deadline_at is not None)
+
+
+def _has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def still(drawn):
+    """A message without moments, which every clock changes."""
+    while _has_moment(message := drawn.one()):
+        pass
+    return message
+
+
+def test_through_a_network_with_every_fault_only_what_was_sent_arrives(made):
+    """And once the faults are over everything passes again."""
+    quick = Limits(retry_most_s=0.05)
+    here, there = made("p0", limits=quick), made("d0", limits=quick)
+    with Proxy(there.port, ALL, seed=7) as proxy:
+        here.links.meet("d0", proxy.address)
+        drawn, sent = Drawn(7), {}
+        for number in range(1500):
+            message = still(drawn)
+            sent.setdefault(_key(message), []).append(message)
+            here.links.post("d0", message)
+            there.links.post("p0", message)
+            if number % 20 == 0:
+                time.sleep(0.01)
+        time.sleep(0.2)
+        proxy.faults = CALM
+        arrived = 0
+        for end in (here, there):
+            while not end.heard.empty():
+                message = end.get()[1]
+                whole = message if not isinstance(message, Parts) or message.staged is not None else None
+                arrived += whole is not None
+                same_kind = sent[_key(message)]
+                assert any(same(each, message if whole is not None else each) for each in same_kind)
+        assert arrived > 100 and sum(proxy.happened.values()) > 20, (arrived, proxy.happened)
+        mark = Fetch(2**40, 1, 2, 3)
+        until(lambda: _passes(here, there, "d0", mark), 30)
+
+
+def _key(message):
+    return (type(message), *message[:4]) if isinstance(message, Parts) else type(message)
+
+
+def _passes(here, there, name, mark):
+    """Whether a message posted now arrives."""
+    here.links.post(name, mark)
+    end = time.monotonic() + 0.3
+    with contextlib.suppress(queue.Empty):
+        while time.monotonic() < end:
+            if same(there.get(0.1)[1], mark):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def peer_process(name, *arguments):
+    """(process, its address); it sends back what it hears."""
+    command = [sys.executable, "peer.py", name, SECRET.hex(), *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[2])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(10)
+
+
+def test_two_processes_exchange_everything_through_faults(made):
+    here = made("p0", limits=Limits(retry_most_s=0.05))
+    drawn = Drawn(3)
+    with peer_process("d0") as (_, address), Proxy(int(address.rpartition(":")[2]), ALL, seed=3) as proxy:
+        here.links.meet("d0", proxy.address)
+        sent, arrived = {}, 0
+        for _ in range(300):
+            message = still(drawn)
+            sent.setdefault(_key(message), []).append(message)
+            here.links.post("d0", message)
+            time.sleep(0.002)
+        proxy.faults = CALM
+        until(lambda: _passes_keeping(here, sent), 30)
+        while not here.heard.empty():
+            message = here.get()[1]
+            arrived += 1
+            if not isinstance(message, Parts) or message.staged is not None:
+                assert any(same(each, message) for each in sent[_key(message)])
+        assert arrived > 50
+
+
+def _passes_keeping(here, sent):
+    mark = Fetch(2**41, 1, 2, 3)
+    sent.setdefault(Fetch, []).append(mark)
+    before = here.heard.qsize()
+    here.links.post("d0", mark)
+    time.sleep(0.1)
+    return here.heard.qsize() > before
+
+
+# -- strangers -----------------------------------------------------------------------------------------------------
+
+
+def connected(end):
+    stranger = socket.create_connection(("127.0.0.1", end.port), timeout=10)
+    stranger.settimeout(10)
+    return stranger
+
+
+def test_a_thousand_connections_of_garbage_leave_everybody_served(made):
+    here, there = made("p0"), made("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    rng = random.Random(5)
+    for number in range(1000):
+        with contextlib.suppress(OSError), connected(there) as stranger:
+            stranger.sendall(rng.randbytes(rng.choice([0, 1, 31, 32, 33, 500, 5000])))
+            if number % 4 == 0:
+                stranger.shutdown(socket.SHUT_WR)
+        if number % 100 == 0:
+            here.links.post("d0", Fetch(number, 1, 2, 3))
+            assert there.get() == ("p0", Fetch(number, 1, 2, 3))
+    until(lambda: sum(there.links.counts[name] for name in ("refused", "silent", "crowded")) == 1000)
+    assert there.links.counts["connected"] == 1 and there.lost.empty() and there.heard.empty()
+
+
+def test_a_stranger_learns_a_nonce_and_nothing_else(made):
+    there = made("d0")
+    with connected(there) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+        said = b""
+        while True:
+            try:
+                more = stranger.recv(4096)
+            except ConnectionResetError:
+                break
+            if not more:
+                break
+            said += more
+    assert len(said) < 100 and b"d0" not in said and SECRET not in said
+    assert "other bytes than those every frame begins with" in refused(there)
+
+
+def test_strangers_who_keep_quiet_are_few_and_not_for_long(made, monkeypatch):
+    monkeypatch.setattr("engine.movers.links.GREETING_S", 0.5)
+    there = made("d0")
+    with contextlib.ExitStack() as stack:
+        for _ in range(STRANGERS + 10):
+            stack.enter_context(connected(there))
+        until(lambda: there.links.counts["crowded"] == 10)
+        until(lambda: there.links.counts["silent"] == STRANGERS)
+    here = made("p0")
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Fetch(1, 2, 3, 4))
+    assert there.get()[0] == "p0"
+
+
+def test_another_secret_is_refused_on_both_sides(made):
+    here, there = made("p0", secret=bytes.fromhex(new_secret())), made("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Fetch(1, 2, 3, 4))
+    assert "not of this cluster's secret" in refused(there)
+    until(lambda: here.links.dropped == 1)
+    assert there.heard.empty() and not there.links.counts["connected"]
+
+
+def test_a_proof_cannot_be_used_again(made):
+    """What a peer once said to prove itself does nothing on the next connection."""
+    here, there = made("p0"), made("d0")
+    said = []
+    with _recording(there.port, said) as port:
+        here.links.meet("d0", f"127.0.0.1:{port}")
+        here.links.post("d0", Fetch(1, 2, 3, 4))
+        assert there.get()[0] == "p0"
+    before = there.links.counts["refused"]
+    with connected(there) as stranger:
+        stranger.sendall(b"".join(said))
+        until(lambda: there.links.counts["refused"] == before + 1)
+    assert there.heard.empty()
+
+
+@contextlib.contextmanager
+def _recording(port, said):
+    class Recorder(Proxy):
+        async def _pass_on(self, data, writer):
+            if writer.get_extra_info("peername")[1] == self._port:
+                said.append(bytes(data))
+            await super()._pass_on(data, writer)
+
+    with Recorder(port) as proxy:
+        yield int(proxy.address.rpartition(":")[2])
+
+
+def test_another_geometry_is_refused_with_a_sentence_on_both_sides(made):
+    here, there = made("p0"), made("d0", GEOMETRY._replace(layers=3))
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Fetch(1, 2, 3, 4))
+    assert refused(here) == "geometry: layers is 3 there and 2 here; both need the same"
+    assert refused(there) == "geometry: layers is 2 there and 3 here; both need the same"
+    front = made("front", None)
+    front.links.meet("d0", there.links.addresses[0])
+    front.links.post("d0", Fetch(1, 2, 3, 4))
+    assert there.get()[0] == "front", "a front has none, and joins with all"
+
+
+def test_another_version_is_refused_with_a_sentence(made, monkeypatch):
+    here, there = made("p0"), made("d0")
+    monkeypatch.setattr("engine.movers.frames.VERSION", VERSION + 1)
+    said = __import__("engine.movers.frames", fromlist=["frame"]).frame(1, b"")
+    monkeypatch.undo()
+    with connected(there) as old:
+        old.sendall(said)
+        assert f"protocol version {VERSION + 1}; expected {VERSION}" in refused(there)
+    assert here.links.refusals == there.links.refusals.__class__([], 16)
+
+
+def test_whoever_answers_under_another_name_is_refused(made):
+    here, there = made("p0"), made("d0.2")
+    here.links.meet("d0.1", there.links.addresses[0])
+    here.links.post("d0.1", Fetch(1, 2, 3, 4))
+    assert refused(here) == "name: d0.2 answers where d0.1 was looked for; it may have started anew"
+    assert there.heard.empty()
+
+
+# -- peers that end, stall or do not read --------------------------------------------------------------------------
+
+
+def test_a_peer_that_ends_is_noticed_at_once_and_its_next_life_is_met(made):
+    here = made("p0")
+    there = Ended("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Fetch(1, 2, 3, 4))
+    there.get()
+    began = time.monotonic()
+    there.links.close()
+    assert here.lost.get(timeout=5) == "d0" and time.monotonic() - began < 1.0
+    again = made("d0", listen=[there.links.addresses[0]])
+    until(lambda: _passes(here, again, "d0", Fetch(5, 6, 7, 8)))
+
+
+def test_a_peer_that_nobody_knows_costs_what_was_posted(made):
+    here = made("p0")
+    for _ in range(5):
+        here.links.post("nobody", Fetch(1, 2, 3, 4))
+    until(lambda: here.links.dropped == 5)
+    assert here.links.waiting_bytes("nobody") == 0
+
+
+def test_a_stopped_process_holds_bounded_memory_and_goes_on_later(made):
+    geometry, part = big_part(1)
+    size = 1 << 20
+    here = made("p0", limits=Limits(control_bytes=100_000, bulk_bytes=8 * size))
+    with peer_process("d0") as (process, address):
+        here.links.meet("d0", address)
+        here.links.post("d0", Fetch(1, 2, 3, 4))
+        assert here.get() == ("d0", Fetch(1, 2, 3, 4))
+        process.send_signal(signal.SIGSTOP)
+        most = number = 0
+        while here.links.dropped < 2000:
+            number += 1
+            here.links.post("d0", Fetch(number, 2, 3, 4))
+            if number % 1000 == 0:
+                here.links.post("d0", part)
+                most = max(most, here.links.waiting_bytes("d0"))
+            assert number < 1_000_000
+        assert 100_000 < most <= 100_000 + 8 * size
+        process.send_signal(signal.SIGCONT)
+        until(lambda: here.heard.qsize() > 100)
+        assert here.lost.empty()
+    assert here.lost.get(timeout=5) == "d0"
+
+
+def test_a_network_that_swallows_everything_and_does_not_tell_is_noticed(made, monkeypatch):
+    monkeypatch.setattr("engine.movers.connection.BEAT_S", 0.05)
+    here, there = made("p0"), made("d0")
+    with Proxy(there.port) as proxy:
+        here.links.meet("d0", proxy.address)
+        here.links.post("d0", Fetch(1, 2, 3, 4))
+        there.get()
+        time.sleep(0.5)
+        assert here.lost.empty() and there.lost.empty(), "an idle connection stays"
+        proxy.faults = Faults(mute=1.0)
+        assert here.lost.get(timeout=5) == "d0" and there.lost.get(timeout=5) == "p0"
+        proxy.faults = CALM
+        until(lambda: _passes(here, there, "d0", Fetch(5, 6, 7, 8)))
+
+
+def test_bytes_that_come_one_at_a_time_do_not_hold_a_connection_for_ever(made, monkeypatch):
+    monkeypatch.setattr("engine.movers.links.GREETING_S", 0.3)
+    there = made("d0")
+    with connected(there) as slow:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - began < 5:
+                slow.sendall(b"S")
+                time.sleep(0.02)
+                if there.links.counts["silent"] + there.links.counts["refused"]:
+                    break
+        assert time.monotonic() - began < 2
+
+
+def test_large_parts_do_not_hold_up_control_messages(made):
+    """256 MiB of KV on its way; a message still goes there and back in a moment."""
+    geometry, part = big_part(16)
+    here, there = made("p0", geometry), made("d0", geometry)
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Fetch(0, 1, 2, 3))
+    there.get()
+    parts, waits = 0, []
+    for number in range(16):
+        assert here.links.post("d0", part._replace(handoff=number))
+    while parts < 16:
+        began = time.monotonic()
+        here.links.post("d0", Fetch(9, 1, 2, 3))
+        while isinstance(there.get(30)[1], Parts):
+            parts += 1
+        waits.append(time.monotonic() - began)
+    waits.sort()
+    print(f"control behind 256 MiB: median {waits[len(waits) // 2] * 1e3:.1f} ms, worst {waits[-1] * 1e3:.1f} ms")
+    assert waits[len(waits) // 2] < 0.2 and waits[-1] < 2.0
+
+
+def test_what_came_damaged_is_delivered_without_blocks(made):
+    here, there = made("p0"), made("d0")
+
+    class Flips(Proxy):
+        async def _pass_on(self, data, writer):
+            if len(data) > 1000:
+                data[-1] ^= 1
+            await super()._pass_on(data, writer)
+
+    with Flips(there.port) as proxy:
+        here.links.meet("d0", proxy.address)
+        part = Drawn(1).parts()
+        here.links.post("d0", part)
+        assert same(there.get()[1], part._replace(staged=None))
+        assert there.links.counts["damaged"] == 1
+
+
+# -- where one may listen ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:7000", "example.org:80"])
+def test_an_address_beyond_this_machine_needs_tls(address):
+    links = Links("p0", SECRET, lambda *heard: None, lambda peer: None)
+    for use in (lambda: links.start([address]), lambda: links.meet("d0", address)):
+        with pytest.raises(ConfigError, match="not loopback, without TLS"):
+            use()
+    links.close()
+
+
+@pytest.mark.parametrize(
+    "address", ["", "nothing", "unix:relative", "host:port", "127.0.0.1:70000", "unix:/" + "x" * 200]
+)
+def test_what_is_no_address_is_refused(address):
+    links = Links("p0", SECRET, lambda *heard: None, lambda peer: None)
+    with pytest.raises(ConfigError, match="address: got"):
+        links.meet("d0", address)
+    links.close()
+
+
+def test_a_directory_that_others_may_enter_is_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    links = Links("p0", SECRET, lambda *heard: None, lambda peer: None)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        links.start([f"unix:{tmp_path}/p0.sock"])
+    links.close()
+
+
+def test_the_socket_of_a_dead_process_is_replaced_and_that_of_a_live_one_is_not(made, tmp_path):
+    path = tmp_path / "sockets" / "d0.sock"
+    first = made("d0", listen=[f"unix:{path}"])
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        Ended("d1", listen=[f"unix:{path}"])
+    first.links.close()
+    assert not path.exists()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    second = made("d0", listen=[f"unix:{path}"])
+    assert second.links.addresses == (f"unix:{path}",)
