@@ -57,7 +57,7 @@ class Session:
             self._again_at = now + AGAIN_S
         if packet.number == 0:
             return []
-        if packet.number > self._received and len(self._early) < AHEAD:
+        if self._received < packet.number <= self._received + AHEAD:
             self._early[packet.number] = packet.message
         ready = []
         while self._received + 1 in self._early:

@@ -98,7 +98,7 @@ ROWS = (
     Mutant("leave a cancelled choice running", "engine.core.router",
            "            self._to(leg.target, Cancel((track.serial,), handoff, reason))\n", ""),
     Mutant("deliver a doubled packet twice", "engine.core.session",
-           "        if packet.number > self._received and len(self._early) < AHEAD:\n            self._early",
+           "        if self._received < packet.number <= self._received + AHEAD:\n            self._early",
            "        self._received = min(self._received, packet.number - 1)\n        if True:\n"
            "            self._early"),
     Mutant("never repeat a packet", "engine.core.session",
