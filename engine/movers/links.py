@@ -97,6 +97,7 @@ class Links:
         self._stirred: set[tuple[str, str]] = set()
         self._tasks: set[asyncio.Task] = set()
         self._listeners: list[socket.socket] = []
+        self._fresh: set[PlainWire | TlsWire] = set()  # accepted in this very turn
         self._strangers = 0
         self._over = False
         self._loop = asyncio.new_event_loop()
@@ -180,6 +181,8 @@ class Links:
             for channel in self._channels.values():
                 for connection in channel.connections:
                     connection.pipe.close()
+            for wire in self._fresh:
+                wire.close()
             with self._lock:
                 self._over = True  # nobody may wake the loop, which the runner closes now
 
@@ -287,9 +290,12 @@ class Links:
                 self.counts["unaccepted"] += 1
                 await asyncio.sleep(0.05)
                 continue
-            self._spawn(self._welcome(PlainWire(accepted)))
+            wire = PlainWire(accepted)
+            self._fresh.add(wire)
+            self._spawn(self._welcome(wire))
 
     async def _welcome(self, wire: PlainWire | TlsWire) -> None:
+        self._fresh.discard(wire)
         if self._strangers >= STRANGERS:
             self.counts["crowded"] += 1
             wire.close()
@@ -310,7 +316,7 @@ class Links:
         channel.connections.append(connection)
         channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
         connection.tasks = [
-            self._spawn(self._until_over(connection, work(connection))) for work in (self._read, _keep)
+            self._spawn(self._until_over(connection, work)) for work in (self._read, Connection.keep)
         ]
         self.counts["connected"] += 1
 
@@ -321,9 +327,9 @@ class Links:
                 self.counts["damaged"] += 1
             self._on_message(connection.peer, message)
 
-    async def _until_over(self, connection: Connection, work: Coroutine) -> None:
+    async def _until_over(self, connection: Connection, work: Callable[[Connection], Coroutine]) -> None:
         try:
-            await work
+            await work(connection)
         except Malformed as error:
             self.counts["malformed"] += 1
             self.refusals.append(str(error))
@@ -357,10 +363,6 @@ class Links:
                 connection.close()
             if channel.writer is not None:
                 channel.writer.cancel()
-
-
-async def _keep(connection: Connection) -> None:
-    await connection.keep()
 
 
 async def _ready(wire: PlainWire | TlsWire) -> Pipe:
