@@ -8,7 +8,7 @@ from engine.core import handoff, prefix
 from engine.core.agent import Agent, Gather
 from engine.core.events import Emission
 from engine.core.handoff import State
-from engine.core.messages import FRONT, Cancel, Expect, Failed, Fence, Over, Prefill, Submit
+from engine.core.messages import FRONT, Cancel, Committed, Expect, Failed, Fence, Hold, Over, Prefill, Submit
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.core.sequence import Part
@@ -255,3 +255,49 @@ def test_a_device_failure_on_either_side_loses_nothing():
                 pair.hand(101, 1, ids(30), emitted=pair.tokens.get(1, []), max_tokens=6)
                 pair.run(3000)
             assert pair.tokens[1] == expected(request, 1, 6) and pair.restored, (side, step, again)
+
+
+def test_a_choice_held_when_its_kv_has_come_draws_nothing_until_it_is_let_go():
+    pair = Pair()
+    request = pair.hand(100, 1, ids(23), max_tokens=6)
+    while not pair.told(Committed):
+        pair.turn()
+    pair.say("d", Hold((1,), True))
+    for _ in range(20):
+        pair.turn()
+    assert len(pair.tokens.get(1, [])) <= 1 and not pair.told(Over)
+    pair.say("d", Hold((1,), False))
+    pair.run()
+    assert pair.tokens[1] == expected(request, 1, 6) and pair.restored
+
+
+def test_a_last_word_that_overtakes_the_first_leaves_nothing_behind():
+    unknown = handoff.Stopped(100, "unknown")
+    for last, answer in ((handoff.Done(100), handoff.Released(100)), (handoff.Stop(100), unknown)):
+        place = Place("p")
+        place.agent.receive(0.0, "d", last)
+        assert place.turn(0.1) == [("d", answer)]
+        request = Request("r", tuple(ids(9)), Sampling(temperature=0.0), Stopping(1))
+        place.agent.receive(0.2, FRONT, Prefill(100, "d", request))
+        assert place.turn(0.3) == [] and place.restored
+        place.agent.receive(0.4, "d", last)
+        assert [type(message) for _, message in place.turn(0.5)] == [type(answer)]
+
+
+def test_a_fetch_that_overtakes_the_first_word_is_kept_for_it():
+    place = Place("p")
+    place.agent.receive(0.0, "d", handoff.Fetch(100, 1, 0, 2))
+    assert place.turn(0.1) == []
+    place.agent.receive(0.2, FRONT, Prefill(100, "d", Request("r", tuple(ids(9)), Sampling(), Stopping(1))))
+    sent = [m for turn in range(6) for _, m in place.turn(0.3 + turn / 10) if isinstance(m, handoff.Parts)]
+    assert sum(part.num_blocks for part in sent) == 2 and {part.generation for part in sent} == {1}
+
+
+def test_what_a_lane_says_that_is_not_a_sides_peer_is_not_taken():
+    pair = Pair(lambda message: not isinstance(message, handoff.Fetch))
+    pair.hand(100, 1, ids(9), max_tokens=2)
+    pair.turn()
+    source, target = pair.places["p"].agent.sources[100], pair.places["d"].agent.targets[100]
+    pair.places["p"].agent.receive(pair.now, "x", handoff.Fetch(100, 1, 0, 2))
+    pair.places["d"].agent.receive(pair.now, "x", handoff.Gone(100, "no"))
+    assert source.state is State.OFFERED and target.state is State.RESERVED

@@ -302,6 +302,23 @@ def test_a_held_sequence_pauses_and_goes_on():
     assert lane.right(sequence)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_sequence_held_before_it_is_seated_keeps_the_record_of_its_row(beside):
+    """It is seated, but no step takes it: a plan that is none must not take its record away."""
+    lane = Lane()
+    other = lane.submit(prompt(9, 1), seed=2, max_tokens=3) if beside else None
+    sequence = lane.submit(prompt(5), max_tokens=4)
+    lane.scheduler.hold(sequence, True)
+    for _ in range(12):
+        lane.turn()
+    row, planned = sequence.row, len(lane.plans)
+    assert row >= 0 and lane.got[sequence.serial] == [] and (planned > 0) == beside
+    lane.scheduler.hold(sequence, False)
+    lane.run()
+    assert lane.right(sequence) and (other is None or lane.right(other)) and lane.restored
+    assert sum(load.row == row for plan in lane.plans for load in plan.loads) == 1
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_random_life_keeps_every_invariant_and_every_token(seed):
     rng = random.Random(seed)
@@ -336,7 +353,11 @@ def test_a_random_life_keeps_every_invariant_and_every_token(seed):
             lane.device.fail_collect.add(len(lane.plans))
         elif move < 0.34:
             lane.device.fail_launch.add(len(lane.plans))
+        elif move < 0.44 and known:
+            lane.scheduler.hold(rng.choice(known), rng.random() < 0.5)
         lane.now += 1
         lane.turn()
+    for sequence in known:
+        lane.scheduler.hold(sequence, False)
     lane.run()
     assert len(lane.ended) == len(known) and all(lane.right(sequence) for sequence in known) and lane.restored
