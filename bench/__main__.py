@@ -11,6 +11,7 @@ BENCHES = {
     "host": "what a step costs the host while the device does nothing",
     "decode": "the CPU decode step beside the time of reading the weights once",
     "kv": "a move of KV blocks between two lanes beside a memcpy, and what its checksums cost",
+    "wire": "KV blocks from process to process over loopback beside a memcpy",
     "load": "an artifact's load against that of a safetensors folder",
 }
 

@@ -224,6 +224,9 @@ class Links:
                     channel.outgoing.sent(size)
 
     async def _dial(self, channel: Channel) -> Connection | None:
+        """A connection for `channel`; the control connection comes first, so that who gets KV can answer."""
+        if channel.way == "bulk" and not (control := self._channel(channel.peer, "control")).connections:
+            await self._dial(control)
         await asyncio.sleep(channel.retry_at - self._loop.time())
         with self._lock:
             address = self._known.get(channel.peer)
@@ -309,10 +312,14 @@ class Links:
         if made is not None:
             self._adopt(made)
 
-    def _adopt(self, connection: Connection) -> None:
-        key = connection.peer, connection.way
+    def _channel(self, peer: str, way: str) -> Channel:
         with self._lock:
-            channel = self._channels.get(key) or self._channels.setdefault(key, Channel(*key, self._limits))
+            return self._channels.get((peer, way)) or self._channels.setdefault(
+                (peer, way), Channel(peer, way, self._limits)
+            )
+
+    def _adopt(self, connection: Connection) -> None:
+        channel = self._channel(connection.peer, connection.way)
         channel.connections.append(connection)
         channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
         connection.tasks = [

@@ -25,6 +25,7 @@ from engine.observe.plan_bytes import read_map
 KIND = 80
 ALIGNED = 64  # bytes; a CPU device takes over a buffer that begins at such an address
 MOST_SUMS = 1 << 24  # bytes
+AT_ONCE = 1 << 20  # bytes whose checksums are taken without a pause
 
 
 class Heads(NamedTuple):
@@ -86,10 +87,11 @@ def num_bytes(part: Parts) -> int:
 
 
 def sums_by_head(part: Parts) -> Iterator[np.ndarray]:
-    """Checksums [1, L, n] of one head after the other."""
+    """Checksums [k, L, n] of one head after the other, or of some heads where these are small."""
     for keys, values in shards(part):
-        for head in range(len(keys)):
-            yield checksums(keys[head : head + 1], values[head : head + 1])
+        step = max(AT_ONCE // max(2 * keys[:1].nbytes, 1), 1)
+        for head in range(0, len(keys), step):
+            yield checksums(keys[head : head + step], values[head : head + step])
 
 
 def header_of(part: Parts, sums: list[np.ndarray]) -> bytes:
@@ -153,8 +155,10 @@ class Intake:
         assert self.heads is not None
         sums_KLn = np.frombuffer(self.header.sums, "<u8").reshape(self.header.shape[:3])
         part = self.header.without()._replace(staged=self.heads)
-        for found, expected in zip(sums_by_head(part), sums_KLn, strict=True):
-            yield not np.array_equal(found[0], expected)
+        head = 0
+        for found in sums_by_head(part):
+            yield not np.array_equal(found, sums_KLn[head : head + len(found)])
+            head += len(found)
 
     def part(self) -> Parts:
         """The part with its blocks, which nobody here keeps and nobody can write."""

@@ -354,6 +354,15 @@ def test_a_peer_that_ends_is_noticed_at_once_and_its_next_life_is_met(made):
     until(lambda: _passes(here, again, "d0", Fetch(5, 6, 7, 8)))
 
 
+def test_who_gets_kv_can_answer_a_peer_that_listens_nowhere(made):
+    here, there = made("p0", listen=[]), made("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", Drawn(1).parts())
+    sender, part = there.get()
+    there.links.post(sender, Fetch(part.handoff, 1, 2, 3))
+    assert here.get() == ("d0", Fetch(part.handoff, 1, 2, 3))
+
+
 def test_a_peer_that_nobody_knows_costs_what_was_posted(made):
     here = made("p0")
     for _ in range(5):
