@@ -177,7 +177,6 @@ class Links:
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._serve())
-            self._end_listeners()
             for channel in self._channels.values():
                 for connection in channel.connections:
                     connection.pipe.close()
@@ -185,6 +184,7 @@ class Links:
                 wire.close()
             with self._lock:
                 self._over = True  # nobody may wake the loop, which the runner closes now
+        self._end_listeners()
 
     async def _serve(self) -> None:
         for listener in self._listeners:

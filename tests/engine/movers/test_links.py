@@ -6,6 +6,7 @@ import queue
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from engine.core.membership import Hello
 from engine.errors import ConfigError
 from engine.movers.frames import VERSION
 from engine.movers.greeting import new_secret
-from engine.movers.links import STRANGERS, Limits, Links
+from engine.movers.links import STRANGERS, Limits, Links, Tls
 from engine.movers.parts import Heads
 from engine.movers.words import KINDS
 
@@ -482,6 +483,46 @@ def test_what_is_no_address_is_refused(address):
     with pytest.raises(ConfigError, match="address: got"):
         links.meet("d0", address)
     links.close()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """(certificate, key) for 127.0.0.1, signed by itself."""
+    folder = tmp_path_factory.mktemp("certificate")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=serac"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs the openssl command to make a certificate")
+    return cert, key
+
+
+def mutual_tls(cert, key):
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for context in (server, client):
+        context.load_cert_chain(cert, key)
+        context.load_verify_locations(cert)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return Tls(server, client)
+
+
+def test_with_tls_everything_crosses_and_who_has_no_certificate_does_not(made, certificate):
+    tls = mutual_tls(*certificate)
+    geometry, part = big_part(4)
+    here, there = made("p0", geometry, tls=tls), made("d0", geometry, tls=tls)
+    here.links.meet("d0", there.links.addresses[0])
+    for message in (Fetch(1, 2, 3, 4), part):
+        here.links.post("d0", message)
+        assert same(there.get()[1], message)
+    there.links.post("p0", part)
+    assert same(here.get()[1], part)
+    plain = made("p1", geometry)
+    plain.links.meet("d0", there.links.addresses[0])
+    plain.links.post("d0", Fetch(1, 2, 3, 4))
+    until(lambda: plain.links.dropped == 1)
+    assert there.heard.empty() and there.links.counts["connected"] == 2
 
 
 def test_a_directory_that_others_may_enter_is_refused(tmp_path):
