@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from engine import config, environment
 from engine.config import suggestion
+from engine.core.roles import ROLES
 from engine.errors import ConfigError, SeracError
 from engine.options import Parser, add_client, add_settings, read_client, read_settings
 
@@ -49,12 +50,33 @@ def start_anew(settings: config.Settings) -> None:
 def serve(options: argparse.Namespace) -> int:
     """Serve a model until it is drained."""
     settings = read_settings(options)
-    start_anew(settings)
-    from engine import launch
-
     if settings.download:
         fetch(settings.model)
-    return launch.serve(settings, version(), sys.stdout)
+    if settings.workers:
+        from engine import front, launch
+
+        return launch.serve(settings, front.replica, version(), sys.stdout)
+    start_anew(settings)
+    from engine import launch
+    from engine.replica import build
+
+    return launch.serve(settings, build.replica, version(), sys.stdout)
+
+
+def add_worker(parser: Parser) -> None:
+    """The settings of a server, and which lane this is."""
+    add_settings(parser)
+    parser.add_argument("--lane", required=True, metavar="NAME", help="name of the lane among the others")
+    parser.add_argument("--role", choices=ROLES, default="both", help="what the lane is for (default %(default)s)")
+
+
+def worker(options: argparse.Namespace) -> int:
+    """Serve one lane for the front that started this process."""
+    settings = read_settings(options)
+    start_anew(settings)
+    from engine import worker
+
+    return worker.run(settings, options.lane, options.role, sys.stdin, sys.stdout)
 
 
 def add_generate(parser: Parser) -> None:
@@ -198,6 +220,7 @@ def show_version(options: argparse.Namespace) -> int:
 
 VERBS = (
     Verb("serve", "serve a model over gRPC", add_settings, serve),
+    Verb("worker", "serve one lane for a front; started by serve --workers", add_worker, worker),
     Verb("generate", "ask a running server to go on with a text", add_generate, generate),
     Verb("chat", "talk with a running server", add_chat, chat),
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),

@@ -122,6 +122,7 @@ class Settings:
     lanes: str | None = row(
         None, TEXT, "lanes by role instead of --mesh: 'prefill:tp=2, decode:tp=4'; roles prefill, decode, both"
     )
+    workers: bool = row(False, SWITCH, "each lane in a process of its own, which may be lost without the others")
     device: str = row("auto", one_of("auto", "cpu", "gpu"), "what to run on; auto takes the GPUs that are there")
     dtype: str = row(
         "auto", one_of("auto", "float32", "bfloat16", "float16"), "of weights and KV; auto suits the device"

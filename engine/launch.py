@@ -8,7 +8,7 @@ Whatever is wrong with an address, a port or a key is said before a model is rea
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from engine import banner
@@ -16,7 +16,6 @@ from engine.clock import SystemClock
 from engine.config import Settings
 from engine.observe import logs
 from engine.progress import progress
-from engine.replica import build
 from engine.replica.replica import Replica
 from engine.replica.streams import Streams
 from engine.serve import process
@@ -24,6 +23,8 @@ from engine.serve.access import Access, check_address
 from engine.serve.server import Listen, Server
 
 BYTES = "_bytes"
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 def listen_of(settings: Settings) -> Listen:
@@ -42,8 +43,8 @@ def listen_of(settings: Settings) -> Listen:
     )
 
 
-def serve(settings: Settings, version: str, out: TextIO) -> int:
-    """Serve until drained; the banner goes to `out`. Returns the exit code."""
+def serve(settings: Settings, build: Callable[[Settings, Progress], Replica], version: str, out: TextIO) -> int:
+    """Serve what `build` makes until it is drained; the banner goes to `out`. Returns the exit code."""
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json")
     listen = listen_of(settings)
     listen.check()
@@ -51,7 +52,7 @@ def serve(settings: Settings, version: str, out: TextIO) -> int:
         open_to_all = Access(insecure_allow_remote=settings.insecure_allow_remote)
         check_address(("admin_host", "metrics_port"), settings.admin_host, settings.metrics_port, open_to_all)
     with progress(sys.stderr) as bar:
-        replica = build.replica(settings, bar.show)
+        replica = build(settings, bar.show)
     doors: dict[str, object] = {}
     if settings.metrics_port is not None:
         port = replica.metrics.serve(settings.admin_host, settings.metrics_port)

@@ -44,10 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.weights": OPEN | STORES | {"engine.models", "engine.embedded", "sharding", "jax", "numpy"},
     "engine.runner": OPEN | DEVICE | {"engine.core.plan", "msgpack"},
     "engine.planning": OPEN | DEVICE | {"engine.runner"},
-    "engine.movers": OPEN | {"engine.core.handoff", "numpy", "grpc", "msgpack", "xxhash"},
+    "engine.movers": OPEN | {"engine.core", "numpy", "grpc", "msgpack", "xxhash"},
     "engine.movers.local": OPEN | {"engine.core.handoff", "engine.movers", "numpy", "jax"},
     "engine.replica": OPEN | {"engine.core", "engine.text", "engine.movers", "numpy", "msgpack"},
     "engine.replica.build": OPEN | DEVICE | BUILT,
+    "engine.replica.build_lane": OPEN | DEVICE | BUILT,
     "engine.replica.follower": OPEN | {"engine.core.plan", "engine.replica", "engine.runner", "numpy", "msgpack"},
     "engine.serve": OPEN | GRPC | {"engine.replica", "engine.text", "engine.core.request"},
     "engine.cluster": OPEN | {"engine.core", "engine.serve.client", "grpc", "msgpack"},
@@ -58,12 +59,12 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
 QUICK = {
     f"engine.{part}" for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk")
 }
-TOP = {"engine.launch", "engine.plan_report", "engine.replay_report", "engine.llm", "bench"}
-ANYTHING = QUICK | TOP
+TOP = {f"engine.{part}" for part in ("launch", "front", "worker", "plan_report", "replay_report", "llm")}
+ANYTHING = QUICK | TOP | {"bench"}
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")
-NEEDS_JAX = ("engine.replica.build", "engine.replica.follower")
+NEEDS_JAX = ("engine.replica.build", "engine.replica.build_lane", "engine.replica.follower")
 
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 FILES = sorted(p for top in TOPS for p in (ROOT / top).rglob("*.py") if not p.name.endswith(GENERATED))

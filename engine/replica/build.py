@@ -73,14 +73,17 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
         open_plan_log(settings, plan_header(lane.name, settings.model, folder, config, choice, mesh), metrics)
         for lane, mesh, choice in zip(lanes, meshes, choices, strict=True)
     ]
-    moved = _move_sizes(lanes, meshes, choices, config)
+    heads = max(config.kv_heads // mesh.shape["kv"] for mesh in meshes)
+    moved = move_sizes_of(config, heads, choices[0], meshes[0]) if move(lanes) else ()
     runners = [
         make_runner(settings, folder, config, choice, mesh, progress, moved)
         for mesh, choice in zip(meshes, choices, strict=True)
     ]
     courier = _courier(made, lanes, runners, progress) if moved else None
     for lane, runner, choice, log in zip(lanes, runners, choices, logs, strict=True):
-        agent = Agent(lane.name, Scheduler(_shape(settings, choice, config, eos_ids), root), max(moved, default=1))
+        agent = Agent(
+            lane.name, Scheduler(shape_of(settings, choice, config, eos_ids), root), max(moved, default=1)
+        )
         device = runner if log is None else Recorded(runner, log)
         made.add_lane(Lane(agent, device, clock, metrics, courier), lane.role)
         if log is not None:
@@ -92,7 +95,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     return made
 
 
-def _shape(settings: Settings, choice: Choice, config: ModelConfig, eos_ids: tuple[int, ...]) -> LaneShape:
+def shape_of(settings: Settings, choice: Choice, config: ModelConfig, eos_ids: tuple[int, ...]) -> LaneShape:
     sizes = choice.sizes
     return LaneShape(
         sizes.num_blocks,
@@ -106,17 +109,11 @@ def _shape(settings: Settings, choice: Choice, config: ModelConfig, eos_ids: tup
     )
 
 
-def _move_sizes(
-    lanes: Sequence[LaneSpec], meshes: Sequence[Mesh], choices: Sequence[Choice], config: ModelConfig
-) -> tuple[int, ...]:
-    """How many blocks move at once between these lanes; empty where none do."""
-    if not move(lanes):
-        return ()
-    heads = max(config.kv_heads // mesh.shape["kv"] for mesh in meshes)
-    sizes, itemsize = choices[0].sizes, choices[0].dtype.itemsize
+def move_sizes_of(config: ModelConfig, heads: int, choice: Choice, mesh: Mesh) -> tuple[int, ...]:
+    """How many blocks move at once, where `heads` kv heads are on one device."""
+    sizes, itemsize = choice.sizes, choice.dtype.itemsize
     block_bytes = config.num_layers * heads * sizes.block_size * config.head_width * itemsize
-    usable = min(choice.sizes.num_blocks for choice in choices) - 1
-    return move_sizes(block_bytes, usable, platform_of(meshes[0].devices.flat[0]))
+    return move_sizes(block_bytes, sizes.table_width, platform_of(mesh.devices.flat[0]))
 
 
 def _courier(

@@ -1,0 +1,1 @@
+"""Starting the processes of a cluster and keeping them; never imports jax."""

@@ -1,0 +1,138 @@
+"""A front without a model: lanes in worker processes of this machine, one each, and the replica that serves them.
+
+    Supervisor starts workers -> all ready: their facts -> Replica listens for lanes -> each worker told how to join
+    a worker ends: its lane is given up at once, what it served goes on elsewhere, and it is started again
+
+It never imports jax: a device that fails takes its own worker along and nothing else.
+"""
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from engine.clock import SystemClock
+from engine.cluster.supervisor import Command, Supervisor
+from engine.config import ROWS, Settings
+from engine.core.request import Limits
+from engine.environment import gpu_problem
+from engine.errors import ConfigError, Unavailable
+from engine.lanes import LaneSpec, parse_lanes
+from engine.observe.metrics import Metrics
+from engine.replica.replica import ModelInfo, Replica
+from engine.text.text import Text
+
+NOT_FOR_WORKERS = (
+    "lanes",
+    "workers",
+    "mesh",
+    "host",
+    "port",
+    "admin_host",
+    "admin_port",
+    "metrics_port",
+    "download",
+)
+LISTEN = "127.0.0.1:0"
+JOIN_S = 30.0
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+def replica(settings: Settings, progress: Progress) -> Replica:
+    """A replica whose lanes are processes. Raises ConfigError when a worker cannot be started."""
+    if settings.lanes is None:
+        raise ConfigError("workers: got no --lanes; expected lanes to start, such as 'prefill:tp=1, decode:tp=1'")
+    lanes = parse_lanes(settings.lanes)
+    known: dict[str, Replica] = {}  # empty until all workers are ready
+    secret = secrets.token_bytes(32)
+
+    def told(slot: str, words: dict) -> None:
+        if not known or (made := known[""]).remote is None:
+            return
+        if words["event"] == "exit" and words.get("name"):
+            made.remote.lost(words["name"])
+        elif words["event"] == "ready":
+            supervisor.workers[slot].say(join(made, secret))
+
+    supervisor = Supervisor(_commands(settings, lanes), told)
+    facts = supervisor.start(progress)
+    made = _replica(settings, lanes, facts)
+    made.serve_remote(secret, [LISTEN])
+    known[""] = made
+    for worker in supervisor.workers.values():
+        worker.say(join(made, secret))
+    made.on_stop.append(supervisor.stop)
+    until = time.monotonic() + JOIN_S
+    while len(made.router.lanes) < len(lanes):
+        progress("lanes joining", len(made.router.lanes), len(lanes))
+        if time.monotonic() > until:
+            made.stop()
+            raise Unavailable(
+                f"workers: {len(made.router.lanes)} of {len(lanes)} lanes joined within {JOIN_S:.0f} s"
+            )
+        time.sleep(0.05)
+    return made
+
+
+def join(made: Replica, secret: bytes) -> dict[str, str]:
+    """What a worker must know to join."""
+    assert made.remote is not None
+    return {"front": made.remote.links.addresses[0], "secret": secret.hex()}
+
+
+def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str, dict]) -> Replica:
+    first = facts[lanes[0].name]
+    if odd := [slot for slot, other in facts.items() if other["root"] != first["root"]]:
+        raise ConfigError(f"workers: {', '.join(odd)} would serve another revision than {lanes[0].name}")
+    blocks = min(each["num_blocks"] for each in facts.values())
+    eos_ids = tuple(first["eos_ids"])
+    name = settings.served_model_name or first["name"]
+    text = Text(Path(first["folder"]))
+    info = ModelInfo(name, first["revision"], first["context"], first["vocab"], eos_ids, text.defaults)
+    size = first["block_size"]
+    limits = Limits(first["vocab"], first["context"], (blocks - 1) * size, size, eos_ids)
+    root = bytes.fromhex(first["root"])
+    made = Replica(
+        info, text, limits, SystemClock(), Metrics(CollectorRegistry()), root, max_open=settings.max_calls
+    )
+    made.describe = first["describe"] | {
+        "lanes": ", ".join(map(str, lanes)),
+        "devices": sum(lane.tp for lane in lanes),
+        "workers": len(lanes),
+    }
+    return made
+
+
+def _commands(settings: Settings, lanes: tuple[LaneSpec, ...]) -> dict[str, Command]:
+    on_cpu = settings.device == "cpu" or gpu_problem() is not None
+    given = [f"--{name.replace('_', '-')}={_spelled(value)}" for name, value in _given(settings).items()]
+    commands, first = {}, 0
+    for lane in lanes:
+        environment = {name: value for name, value in os.environ.items() if name not in _variables()}
+        if not on_cpu:
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            numbers = visible.split(",") if visible else [str(k) for k in range(first + lane.tp)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(numbers[first : first + lane.tp])
+        arguments = [sys.executable, "-m", "engine.cli", "worker", settings.model, f"--mesh=tp={lane.tp}", *given]
+        commands[lane.name] = Command([*arguments, f"--lane={lane.name}", f"--role={lane.role}"], environment)
+        first += lane.tp
+    return commands
+
+
+def _given(settings: Settings) -> dict[str, object]:
+    values = {name: getattr(settings, name) for name in ROWS if name not in (*NOT_FOR_WORKERS, "model")}
+    return {name: value for name, value in values.items() if value is not None and value != ROWS[name].default}
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _variables() -> set[str]:
+    """Settings that a worker must not read from the environment, as it gets them by argument."""
+    return {row.variable for row in ROWS.values()} | {"SERAC_CONFIG", "XLA_FLAGS"}

@@ -1,0 +1,101 @@
+"""From settings to the lane of one worker process, which a front elsewhere serves with."""
+
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from engine.clock import SystemClock
+from engine.config import Settings
+from engine.core import prefix
+from engine.core.agent import Agent
+from engine.core.scheduler import Scheduler
+from engine.models.config import from_hf
+from engine.movers.geometry import Geometry
+from engine.movers.local import host_shards
+from engine.observe.metrics import Metrics
+from engine.replica.build import Progress, choose, describe, make_runner, move_sizes_of, shape_of, use_compile_cache
+from engine.replica.joined import Bytes
+from engine.replica.lane import Courier, Lane
+from engine.runner.moves import Staged
+from engine.text.text import Text
+from engine.weights.source import resolve
+from engine.weights.tensors import check_vocabulary, choose_dtype
+
+logger = logging.getLogger("serac.build")
+
+
+class Built(NamedTuple):
+    """A lane that may live many times. facts: what its front must know, as JSON takes it."""
+
+    make_lane: Callable[[str, Courier], Lane]
+    names: Callable[[], str]
+    geometry: Geometry
+    content: Bytes
+    facts: dict[str, object]
+
+
+def lane(settings: Settings, slot: str, progress: Progress) -> Built:
+    """Weights on this process's devices, programs compiled. Raises ConfigError or ModelError."""
+    folder = resolve(settings.model)
+    config = from_hf(folder.config())
+    text = Text(folder.path)
+    check_vocabulary(text.vocab, config)
+    lanes, (mesh,), (choice,) = choose(settings, config, choose_dtype("auto", folder.config()))
+    use_compile_cache(settings.compile_cache)
+    moved = move_sizes_of(config, config.kv_heads, choice, mesh)
+    runner = make_runner(settings, folder, config, choice, mesh, progress, moved)
+    runner.compiles.seal()
+    sizes, eos_ids = choice.sizes, tuple(text.eos_ids)
+    root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
+    shape, metrics, clock = shape_of(settings, choice, config, eos_ids), Metrics(CollectorRegistry()), SystemClock()
+
+    def make_lane(name: str, courier: Courier) -> Lane:
+        runner.reset()
+        return Lane(Agent(name, Scheduler(shape, root), max(moved)), runner, clock, metrics, courier)
+
+    pool = runner.state.k_PKCH
+    geometry = Geometry(
+        config.num_layers,
+        config.kv_heads,
+        config.head_width,
+        pool.dtype.name,
+        sizes.block_size,
+        folder.revision,
+        settings.numerics,
+    )
+    facts = {
+        "name": folder.name,
+        "folder": str(folder.path),
+        "revision": folder.short_revision,
+        "root": root.hex(),
+        "context": sizes.max_length,
+        "vocab": config.vocab,
+        "eos_ids": list(eos_ids),
+        "block_size": sizes.block_size,
+        "num_blocks": sizes.num_blocks,
+        "describe": describe(folder, config, lanes, choice, [runner]),
+    }
+    return Built(make_lane, lambda: f"{slot}.{secrets.token_hex(6)}", geometry, Bytes(leave, arrive), plain(facts))
+
+
+def leave(staged: object, count: int) -> object:
+    """What a device gathered, on the host, shard by shard; waits for it."""
+    assert isinstance(staged, tuple)
+    return [(shard.keys_KLnCH, shard.values_KLnCH) for shard in host_shards(staged, count)]
+
+
+def arrive(staged: object) -> object:
+    """What came over a link, as the device takes it."""
+    assert isinstance(staged, tuple)
+    return Staged(*staged)
+
+
+def plain(facts: dict[str, object]) -> dict[str, object]:
+    """`facts` as JSON has them."""
+    whole: dict[str, object] = json.loads(json.dumps(facts, default=lambda value: np.asarray(value).tolist()))
+    return whole
