@@ -12,6 +12,7 @@ closed and counted, and nobody else notices.
 """
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import threading
@@ -65,7 +66,7 @@ class Channel:
         )
         self.connections: list[Connection] = []
         self.writer: asyncio.Task | None = None
-        self.wake = asyncio.Event()
+        self.wake, self.met = asyncio.Event(), asyncio.Event()
         self.retry_at = 0.0
         self.wait_s = limits.retry_s
 
@@ -109,6 +110,8 @@ class Links:
     def start(self, listen: Sequence[str] = ()) -> None:
         """Listen at these addresses (port 0: a free one), and begin. Raises ConfigError, and is closed then."""
         try:
+            if self.geometry is not None:
+                self.geometry.numpy_dtype()
             for address in [addresses.parse(each) for each in listen]:
                 addresses.check_tls(address, self._tls)
                 self._listeners.append(listening(address))
@@ -203,7 +206,7 @@ class Links:
             channel = self._channels.get(key)
         if channel is not None:
             channel.wake.set()
-            if channel.writer is None:
+            if channel.writer is None or channel.writer.done():
                 channel.writer = self._spawn(self._write(channel))
 
     async def _write(self, channel: Channel) -> None:
@@ -211,7 +214,8 @@ class Links:
             await channel.wake.wait()
             channel.wake.clear()
             while channel.outgoing:
-                connection = channel.connections[0] if channel.connections else await self._dial(channel)
+                # the newest: a peer that dials again has found its older ones dead
+                connection = channel.connections[-1] if channel.connections else await self._dial(channel)
                 if connection is None:
                     self._drop(channel)
                     break
@@ -227,7 +231,9 @@ class Links:
         """A connection for `channel`; the control connection comes first, so that who gets KV can answer."""
         if channel.way == "bulk" and not (control := self._channel(channel.peer, "control")).connections:
             await self._dial(control)
-        await asyncio.sleep(channel.retry_at - self._loop.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(channel.retry_at):
+                await channel.met.wait()  # it may come to us while we wait
         with self._lock:
             address = self._known.get(channel.peer)
         if address is not None and not channel.connections:
@@ -237,13 +243,13 @@ class Links:
                 self._adopt(made)
         if channel.connections:
             channel.wait_s, channel.retry_at = self._limits.retry_s, 0.0
-            return channel.connections[0]
+            return channel.connections[-1]
         channel.retry_at = self._loop.time() + channel.wait_s
         channel.wait_s = min(2 * channel.wait_s, self._limits.retry_most_s)
         return None
 
     async def _greeted(self, opening: Coroutine, mine: Card, dialing: bool) -> Connection | None:
-        pipe = None
+        pipe = made = None
         try:
             async with asyncio.timeout(GREETING_S):
                 pipe = await opening
@@ -257,10 +263,11 @@ class Links:
             way = mine.way if dialing else card.way
             if card.address:
                 self._introduced(card)
-            return Connection(pipe, card.name, way, self.geometry, self._clock, self._limits.patience)
-        if pipe is not None:
-            pipe.close()
-        return None
+            made = Connection(pipe, card.name, way, self.geometry, self._clock, self._limits.patience)
+        finally:
+            if made is None and pipe is not None:
+                pipe.close()
+        return made
 
     def _introduced(self, card: Card) -> None:
         """Where a peer says that it listens, unless we were told or may not go there."""
@@ -321,6 +328,7 @@ class Links:
     def _adopt(self, connection: Connection) -> None:
         channel = self._channel(connection.peer, connection.way)
         channel.connections.append(connection)
+        channel.met.set()
         channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
         connection.tasks = [
             self._spawn(self._until_over(connection, work)) for work in (self._read, Connection.keep)
@@ -353,6 +361,7 @@ class Links:
             return
         channel.connections.remove(connection)
         if not channel.connections:
+            channel.met.clear()
             self._drop(channel)
             if connection.way == "control" and not self._ended.is_set():
                 self._on_lost(connection.peer)

@@ -1,5 +1,6 @@
 """KV on its way: in one order whatever its shards, into aligned buffers, never damaged without being noticed."""
 
+import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def split(part, *, wider=0):
 def test_parts_come_back_as_they_were(seed):
     part = Drawn(seed).parts()
     assert same(received(*sent(part)), part)
+
+
+def test_bfloat16_comes_back_as_it_was():
+    part = Drawn(3).parts()
+    part = part._replace(staged=Heads(*(array.astype(ml_dtypes.bfloat16) for array in part.staged)))
+    assert same(received(*sent(part), GEOMETRY._replace(dtype="bfloat16")), part)
+    assert received(*sent(part)).staged is None
 
 
 @pytest.mark.parametrize("wider", [0, 3])
