@@ -194,16 +194,20 @@ class Agent:
         self._take_events()
 
     def _tick(self, now: float) -> None:
+        room = True  # whoever came first is first: else two lanes may wait for each other's blocks
         for target in list(self.targets.values()):
             if target.state is State.OFFERED:
-                self._reserve(now, target)
+                room = room and self._reserve(now, target)
+                if not room and now - target.moved_at > handoff.STALLED_S:
+                    self._send(target.source, target.cancel(now, "no room for its blocks"))
             self._send(target.source, target.tick(now))
             self._settle(target)
         for source in list(self.sources.values()):
             source.tick(now)
             self._pump(source)
 
-    def _reserve(self, now: float, target: Target) -> None:
+    def _reserve(self, now: float, target: Target) -> bool:
+        """Hold blocks for `target` and ask for what is missing; False while there is no room."""
         submit = self._expected[target.handoff].submit
         tokens = submit.request.prompt_ids + submit.parts[0].emitted
         prefix = arrivals.chain(self.scheduler, submit.request, tokens)
@@ -212,8 +216,7 @@ class Agent:
         made = self.scheduler.reserved.reserve(target.handoff, prefix, count) if room else None
         if made is not None:
             self._send(target.source, target.reserved(now, made[1]))
-        elif now - target.moved_at > handoff.STALLED_S:
-            self._send(target.source, target.cancel(now, "no room for its blocks"))
+        return made is not None
 
     def _settle(self, target: Target) -> None:
         """Start the choices of a handoff that has everything; forget one that is over."""

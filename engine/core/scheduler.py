@@ -407,10 +407,10 @@ class Scheduler:
         self.waiting.strip()
         self.pool = BlockPool(self.shape.num_blocks)
         self.reserved = Reservations(self.pool)
-        for sequence in self.live.values():
-            if sequence.state is State.RESTING:
+        for sequence in reversed(self.live.values()):
+            if sequence.state is State.RESTING:  # seated before any that runs or waits, and first again
                 sequence.state, sequence.blocks = State.WAITING, []
-                self.waiting.append(sequence)
+                self.waiting.insert(sequence)
             self.say_computed(sequence, 0)
         if trial:
             for sequence in culprits:

@@ -20,12 +20,13 @@ VOCAB, EOS, CONTEXT = 997, 996, 64
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request to come, and when its client leaves or stops reading, if it does."""
+    """A request to come, and when its client leaves or stops reading, if it does. It may leave one choice only."""
 
     at: float
     request: Request
     seed: int
     cancel_at: float | None
+    leaves: slice  # the choices that it leaves
     hold_at: float | None
 
 
@@ -52,9 +53,10 @@ def draw_requests(rng: random.Random, faults: Faults, count: int) -> list[Asked]
             deadline_at=at + rng.uniform(0.01, 6.0) if rng.random() < faults.deadlines else None,
             salt=salt,
         )
-        cancel_at = at + rng.uniform(0.0, 3.0) if rng.random() < faults.cancels else None
+        cancel_at = at + rng.uniform(0.0, rng.choice([0.3, 3.0])) if rng.random() < faults.cancels else None
+        leaves = rng.choice([slice(None), slice(1), slice(1, None)])
         hold_at = at + rng.uniform(0.0, 1.0) if rng.random() < faults.holds else None
-        asked.append(Asked(at, request, 0, cancel_at, hold_at))
+        asked.append(Asked(at, request, 0, cancel_at, leaves, hold_at))
     return asked
 
 

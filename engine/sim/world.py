@@ -22,7 +22,7 @@ from engine.core.handoff import Parts
 from engine.core.membership import Member, Members
 from engine.core.messages import FRONT, Cancel
 from engine.core.roles import Role
-from engine.core.router import Router
+from engine.core.router import Router, Track
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.sim.faults import Faults, draw
 from engine.sim.runner import ModelledRunner
@@ -250,10 +250,15 @@ class World:
             return
         journey = self.router.submit(asked.request, asked.seed)
         if asked.cancel_at is not None:
-            self.at(asked.cancel_at, lambda: (self.router.cancel(journey), self._front_says()))
+            self.at(asked.cancel_at, lambda: self._leave(journey.tracks[asked.leaves]))
         if asked.hold_at is not None:
             self.at(asked.hold_at, lambda: (self.router.hold(journey, True), self._front_says()))
             self.at(asked.hold_at + 1.0, lambda: (self.router.hold(journey, False), self._front_says()))
+        self._front_says()
+
+    def _leave(self, tracks: list[Track]) -> None:
+        for track in tracks:
+            self.router.end(track, "abort")
         self._front_says()
 
     def lost(self, name: str) -> None:

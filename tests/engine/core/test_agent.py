@@ -301,3 +301,15 @@ def test_what_a_lane_says_that_is_not_a_sides_peer_is_not_taken():
     pair.places["p"].agent.receive(pair.now, "x", handoff.Fetch(100, 1, 0, 2))
     pair.places["d"].agent.receive(pair.now, "x", handoff.Gone(100, "no"))
     assert source.state is State.OFFERED and target.state is State.RESERVED
+
+
+def test_handoffs_get_blocks_in_the_order_they_came():
+    """One that needs few must not overtake: its source may wait for blocks that the first one's prompt rests in."""
+    pair = Pair(num_blocks=20)
+    for number, length in ((100, 45), (101, 45), (102, 25)):
+        pair.hand(number, number + 100, ids(length, number), max_tokens=4)
+    pair.turn()
+    states = [target.state for target in pair.places["d"].agent.targets.values()]
+    assert states == [State.RESERVED, State.OFFERED, State.OFFERED]
+    pair.run()
+    assert len(pair.told(Over)) == 3 and pair.restored and pair.now < handoff.STALLED_S / 4

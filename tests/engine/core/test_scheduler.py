@@ -5,10 +5,11 @@ import random
 import numpy as np
 import pytest
 
-from engine.core import prefix
+from engine.core import arrivals, prefix
 from engine.core.events import Emission, Ended, Scored
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.scheduler import LaneShape, Scheduler
+from engine.core.sequence import State
 from engine.errors import DeadlineExceeded, DeviceError, NumericError
 from engine.sim.runner import ModelledRunner, alone
 
@@ -300,6 +301,28 @@ def test_a_held_sequence_pauses_and_goes_on():
     lane.scheduler.hold(sequence, False)
     lane.run()
     assert lane.right(sequence)
+
+
+def test_after_a_failure_a_prompt_that_rested_is_computed_first_again():
+    lane = Lane(max_rows=1)
+    rested = [
+        arrivals.prefill(lane.scheduler, Request("r", tuple(prompt(9, k)), Sampling()), 90 + k) for k in (1, 2)
+    ]
+    for _ in range(8):
+        lane.turn()
+    assert [sequence.state for sequence in rested] == [State.RESTING] * 2
+    running, waiting = lane.submit(prompt(5), max_tokens=9), lane.submit(prompt(5, 3), max_tokens=2)
+    lane.turn()
+    lane.device.reset()
+    lane.scheduler.fail(None, "the device is gone")
+    assert list(lane.scheduler.waiting) == [*rested, running, waiting]
+    for _ in range(8):
+        lane.turn()
+    assert [sequence.state for sequence in rested] == [State.RESTING] * 2
+    for sequence in rested:
+        lane.scheduler.cancel(sequence)
+    lane.run()
+    assert lane.right(running) and lane.right(waiting) and lane.restored
 
 
 @pytest.mark.parametrize("beside", [False, True])
