@@ -1,4 +1,4 @@
-"""Prefill and decode lanes of unequal meshes, real runners, blocks carried between them: as one lane alone, to the bit.
+"""Prefill and decode lanes of unequal meshes, real runners, blocks carried between them: as one lane alone.
 
 CI runs a few pairs; `SERAC_PAIRS=all` runs every one of tp 1, 2, 4, 8, and two prefill with two decode lanes.
 """
