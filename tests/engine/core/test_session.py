@@ -89,6 +89,13 @@ def test_a_message_leaves_at_once_and_is_said_again_until_it_is_acknowledged():
     assert end.tick(0.6 + AGAIN_S) == []
 
 
+def test_an_acknowledgement_puts_the_next_saying_off():
+    end = Session(1, 0.0)
+    end.send(0.0, "x"), end.send(0.0, "y")
+    end.receive(AGAIN_S - 0.01, Packet(1, 0, 1, None))
+    assert end.tick(AGAIN_S) == [] and end.tick(2 * AGAIN_S - 0.01) == [Packet(1, 2, 0, "y")]
+
+
 def test_what_does_not_fit_the_window_follows(monkeypatch):
     monkeypatch.setattr(session, "WINDOW", 2)
     end = Session(1, 0.0)
