@@ -21,8 +21,9 @@ from engine.config import ROWS, Settings
 from engine.core.request import Limits
 from engine.environment import gpu_problem
 from engine.errors import ConfigError, Unavailable
-from engine.lanes import LaneSpec, parse_lanes
+from engine.lanes import LaneSpec, parse_lanes, spoken
 from engine.observe.metrics import Metrics
+from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
 from engine.replica.replica import ModelInfo, Replica
 from engine.text.text import Text
 
@@ -45,9 +46,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 def replica(settings: Settings, progress: Progress) -> Replica:
     """A replica whose lanes are processes. Raises ConfigError when a worker cannot be started."""
-    if settings.lanes is None:
-        raise ConfigError("workers: got no --lanes; expected lanes to start, such as 'prefill:tp=1, decode:tp=1'")
-    lanes = parse_lanes(settings.lanes)
+    lanes = _lanes(settings)
     known: dict[str, Replica] = {}  # empty until all workers are ready
     secret = secrets.token_bytes(32)
 
@@ -63,6 +62,7 @@ def replica(settings: Settings, progress: Progress) -> Replica:
     facts = supervisor.start(progress)
     made = _replica(settings, lanes, facts)
     made.serve_remote(secret, [LISTEN])
+    made.absent = lambda present: _absent(lanes, supervisor, present)
     known[""] = made
     for worker in supervisor.workers.values():
         worker.say(join(made, secret))
@@ -85,6 +85,24 @@ def join(made: Replica, secret: bytes) -> dict[str, str]:
     return {"front": made.remote.links.addresses[0], "secret": secret.hex()}
 
 
+def _lanes(settings: Settings) -> tuple[LaneSpec, ...]:
+    """The lanes to start. Raises ConfigError for what does not go with workers."""
+    if settings.lanes is None:
+        raise ConfigError("workers: got no --lanes; expected lanes to start, such as 'prefill:tp=1, decode:tp=1'")
+    if settings.mesh != "auto":
+        raise ConfigError("lanes: got --mesh as well; expected one of the two", field="lanes")
+    if settings.plan_log is not None:
+        raise ConfigError("plan_log: got a folder, with --workers; expected it without", field="plan_log")
+    return parse_lanes(settings.lanes)
+
+
+def _absent(lanes: tuple[LaneSpec, ...], supervisor: Supervisor, present: list[str]) -> list[LaneLoad]:
+    """The lanes whose process is not there now."""
+    there = {name.split(".")[0] for name in present}
+    states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in supervisor.workers.items()}
+    return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in lanes if lane.name not in there]
+
+
 def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str, dict]) -> Replica:
     first = facts[lanes[0].name]
     if odd := [slot for slot, other in facts.items() if other["root"] != first["root"]]:
@@ -101,7 +119,7 @@ def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str
         info, text, limits, SystemClock(), Metrics(CollectorRegistry()), root, max_open=settings.max_calls
     )
     made.describe = first["describe"] | {
-        "lanes": ", ".join(map(str, lanes)),
+        "lanes": spoken(lanes),
         "devices": sum(lane.tp for lane in lanes),
         "workers": len(lanes),
     }

@@ -56,6 +56,11 @@ def move(lanes: Sequence[LaneSpec]) -> bool:
     return len(lanes) > 1 and any(lane.role == "prefill" for lane in lanes)
 
 
+def spoken(lanes: Sequence[LaneSpec]) -> str:
+    """`p0 prefill on 1 device, d1 decode on 2 devices`, for a person."""
+    return ", ".join(f"{lane.name} {lane.role} on {lane.tp} device{'s' * (lane.tp > 1)}" for lane in lanes)
+
+
 def device_count(text: str) -> int:
     """Devices that the lanes of `text` take; 1 for what is no list of lanes, which is refused later, by name."""
     try:

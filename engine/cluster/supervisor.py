@@ -26,6 +26,7 @@ STEADY_S = 60.0  # a worker that lived so long starts with a fresh count
 MOST_STARTS = 6
 STOP_S = 10.0
 CONFIGURATION = 2
+ERROR = "serac: error: "
 
 logger = logging.getLogger("serac.supervisor")
 
@@ -46,6 +47,7 @@ class Worker:
         self.name = ""  # of its lane's present life
         self.process: subprocess.Popen[str] | None = None
         self.given_up = False
+        self.problem = ""  # why it ended, in its own words
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"worker {slot}", daemon=True)
 
@@ -103,6 +105,8 @@ class Worker:
             env=dict(self._command.environment),
             start_new_session=True,
         )
+        if self._stopping.is_set():  # asked to end between two processes
+            process.terminate()
         assert process.stdout is not None and process.stderr is not None and process.stdin is not None
         errors = threading.Thread(target=self._pass_on, args=(process.stderr,), daemon=True)
         errors.start()
@@ -128,6 +132,8 @@ class Worker:
         for line in stream:
             if line.startswith("{"):  # a log line of its own
                 sys.stderr.write(line)
+            elif line.startswith(ERROR):
+                self.problem = line.removeprefix(ERROR).rstrip()
             else:
                 logger.info("worker %s: %s", self.slot, line.rstrip())
 
@@ -154,7 +160,8 @@ class Supervisor:
             else:
                 return dict(self._ready)
         self.stop()
-        raise ConfigError(f"workers: {', '.join(gone)} did not start; their last lines above say why")
+        problem = self.workers[gone[0]].problem or "its process ended; its last lines above say why"
+        raise ConfigError(f"lane {gone[0]}: {problem}")
 
     def stop(self) -> None:
         """End all of them."""

@@ -24,7 +24,7 @@ from engine.core.handoff import Parts
 from engine.core.request import Limits
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import ConfigError, wrong
-from engine.lanes import LaneSpec, alike, move, parse_lanes
+from engine.lanes import LaneSpec, alike, move, parse_lanes, spoken
 from engine.models.config import ModelConfig, from_hf
 from engine.movers.courier import LocalCourier
 from engine.movers.local import Carrier
@@ -288,7 +288,7 @@ def describe(
         "device": first.device_kind,
         "platform": first.platform,
         "devices": sum(lane.tp for lane in lanes),
-        "lanes": ", ".join(map(str, lanes)),
+        "lanes": spoken(lanes),
         "lane_axes": dict(runner.model.mesh.shape),
         "dtype": str(choice.dtype),
         "numerics": choice.numerics,

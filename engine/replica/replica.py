@@ -12,7 +12,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -27,6 +26,7 @@ from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
 from engine.replica.delta import Finish
 from engine.replica.lane import Lane, Said
+from engine.replica.loads import READY, LaneLoad, block_states, gauges, totals
 from engine.replica.output import Desk, Output, open_output
 from engine.replica.remote import Remote
 from engine.text.text import Text
@@ -90,6 +90,9 @@ class Replica:
         self.late_compiles: Callable[[], int] = lambda: 0
         self.on_stop: list[Callable[[], None]] = []
         self.remote: Remote | None = None
+        self.generated_tokens = 0
+        # Lanes that are not there, given the names of those that are: whoever starts them knows.
+        self.absent: Callable[[list[str]], list[LaneLoad]] = lambda present: []
 
     # -- building and stopping ------------------------------------------------------------------------------------
 
@@ -257,6 +260,7 @@ class Replica:
         count = output.count
         if count == output.last_count:
             return
+        self.generated_tokens += count - output.last_count
         if output.last_at is None:
             output.first_at = now
             self.metrics.observe("time_to_first_token_seconds", now - output.started_at)
@@ -289,44 +293,34 @@ class Replica:
             self.metrics.set(name, load[name])
         for name in ("recoveries", "handoffs_started"):
             self.metrics.set(name, load[name])
-        held = load["blocks"] - load["blocks_available"] - load["blocks_writing"]
-        states = {"held": held, "cached": load["blocks_cached"], "quarantined": load["blocks_quarantined"]}
-        states["writing"] = load["blocks_writing"] - load["blocks_quarantined"]
-        states["free"] = load["blocks_available"] - load["blocks_cached"]
-        for state, count in states.items():
+        for state, count in block_states(load).items():
             self.metrics.set("blocks", count, state)
         for state in State:
             self.metrics.set("handoffs", load[f"handoffs_{state.value}"], state.value)
 
+    def lane_loads(self) -> list[LaneLoad]:
+        """Every lane for itself, those that are being started last."""
+        with self._lock:
+            known = list(self.router.lanes.values())
+        reports = {lane.name: lane.agent.load() for lane in self.lanes}
+        loads = []
+        for lane in known:
+            report = reports.get(lane.name, lane.load)
+            loads.append(LaneLoad(lane.name, lane.role, READY, {} if report is None else gauges(report)))
+        return loads + self.absent([lane.name for lane in known])
+
     def load(self) -> dict[str, float]:
-        """Gauges of this moment, summed over lanes."""
-        loads = [lane.agent.load() for lane in self.lanes]
-        if self.remote is not None:
-            loads += [lane.load for lane in self.router.lanes.values() if lane.load is not None]
-        states = Counter[str]()
-        for load in loads:
-            states.update(dict(load.handoffs))
-        totals = {
-            "running": sum(load.running for load in loads),
-            "waiting": sum(load.waiting for load in loads),
-            "in_flight_steps": sum(load.flights for load in loads),
-            "blocks": sum(load.blocks for load in loads),
-            "blocks_available": sum(load.available for load in loads),
-            "blocks_cached": sum(load.cached for load in loads),
-            "blocks_writing": sum(load.writing for load in loads),
-            "blocks_quarantined": sum(load.quarantined for load in loads),
-            "preemptions": sum(load.preemptions for load in loads),
-            "prompt_tokens": sum(load.prompt_tokens for load in loads),
-            "cached_tokens": sum(load.cached_tokens for load in loads),
-            "steps": sum(load.steps for load in loads),
-            "moved_blocks": sum(load.moved_blocks for load in loads),
+        """Gauges of this moment, summed over lanes, and totals since the start."""
+        lanes = self.lane_loads()
+        summed = totals(lanes) | {
+            "lanes": sum(lane.state == READY for lane in lanes),
             "handoffs_started": self.router.handoffs,
             "recoveries": self.router.recoveries,
+            "generated_tokens": self.generated_tokens,
             "open_requests": len(self._open),
             "compilations_after_ready": self.late_compiles(),
         }
-        totals |= {f"handoffs_{state.value}": states[state.value] for state in State}
-        return {name: float(value) for name, value in totals.items()}
+        return {name: float(value) for name, value in summed.items()}
 
 
 def _line(output: Output, outcome: str, finishes: list[Finish], now: float, revision: str) -> RequestLine:

@@ -137,6 +137,10 @@ class Client:
         """The gauges of the replica, and `open_requests`."""
         return calls.read_load(self._call("GetLoad", control_pb2.GetLoadRequest()))
 
+    def lanes(self) -> list[control_pb2.LaneLoad]:
+        """Each lane for itself."""
+        return list(self._call("GetLoad", control_pb2.GetLoadRequest()).lanes)
+
     def drain(self, timeout_s: float | None = None) -> int:
         """End the server without dropping a stream; returns how many were cut off when the time was up."""
         return self._call("Drain", control_pb2.DrainRequest(timeout_s=timeout_s)).unfinished
@@ -214,6 +218,10 @@ class AsyncClient:
     async def load(self) -> dict[str, float]:
         """The gauges of the replica, and `open_requests`."""
         return calls.read_load(await self._call("GetLoad", control_pb2.GetLoadRequest()))
+
+    async def lanes(self) -> list[control_pb2.LaneLoad]:
+        """Each lane for itself."""
+        return list((await self._call("GetLoad", control_pb2.GetLoadRequest())).lanes)
 
     async def drain(self, timeout_s: float | None = None) -> int:
         """End the server without dropping a stream; returns how many were cut off when the time was up."""

@@ -43,13 +43,13 @@ class ControlService:
         )
 
     async def get_load(self, message: pb.GetLoadRequest, context: Call) -> pb.GetLoadResponse:
-        """The replica's gauges; what is no number is left out."""
-        gauges = {
-            name: float(value)
-            for name, value in self._replica.load().items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        return pb.GetLoadResponse(open_requests=self._gate.open_calls, gauges=gauges)
+        """The gauges of the replica and of each lane; what is no number is left out."""
+        lanes = [
+            pb.LaneLoad(name=lane.name, role=lane.role, state=lane.state, gauges=_numbers(lane.gauges))
+            for lane in self._replica.lane_loads()
+        ]
+        gauges = _numbers(self._replica.load())
+        return pb.GetLoadResponse(open_requests=self._gate.open_calls, gauges=gauges, lanes=lanes)
 
     async def drain(self, message: pb.DrainRequest, context: Call) -> pb.DrainResponse:
         """Drain now; the answer comes when nothing runs any more."""
@@ -58,3 +58,12 @@ class ControlService:
             raise InvalidArgument(wrong("timeout_s", timeout_s, "a finite number >= 0"), field="timeout_s")
         unfinished = await self._drain(timeout_s)
         return pb.DrainResponse(drained=unfinished == 0, unfinished=unfinished)
+
+
+def _numbers(named: Mapping[str, object]) -> dict[str, float]:
+    """Those that are numbers."""
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

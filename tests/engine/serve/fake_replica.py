@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from engine.clock import SystemClock
 from engine.core.request import Limits, Request, check_request
 from engine.errors import AlreadyExists, SeracError
+from engine.replica.loads import LaneLoad
 from engine.serve.client import AsyncClient
 from engine.serve.server import Listen, Server
 
@@ -115,6 +116,7 @@ class FakeReplica:
         self.tasks: set[asyncio.Task] = set()
         self.refusal: SeracError | Exception | None = None
         self.drained_with: float | None = None
+        self.lanes: list[LaneLoad] = []
         self.limits = Limits(self.info.vocab, self.info.context, 4096, 16, self.info.eos_ids)
 
     async def open(self, request: Request) -> FakeStream:
@@ -155,6 +157,9 @@ class FakeReplica:
 
     def load(self) -> dict:
         return {"running": len(self.running), "blocks_free": 255, "revision": self.info.revision}
+
+    def lane_loads(self) -> list[LaneLoad]:
+        return self.lanes
 
     def drain(self, timeout_s: float) -> None:
         self.drained_with = timeout_s

@@ -31,7 +31,7 @@ async def main():
     server = Server(replica, replica, Listen(port=0, admin_port=0, drain_s=20.0), SystemClock())
 
     def announce(public, admin):
-        banner.show("serac 1 tiny", {{"grpc": public, "mesh": "tp=1"}}, sys.stdout)
+        banner.show("serac 1 tiny", {{"grpc": public, "lanes": "b0 both on 1 device"}}, sys.stdout)
 
     return await process.run(server, announce)
 
@@ -145,7 +145,8 @@ def test_the_demo_asks_three_ways_and_leaves_no_server_behind(monkeypatch):
     out = io.StringIO()
     assert demo.run(out, command(0.0)) == 0
     said = out.getvalue()
-    assert "Starting: serac serve tiny" in said and "Ready: serac 1 tiny, mesh tp=1, gRPC on 127.0.0.1:" in said
+    assert "Starting: serac serve tiny" in said
+    assert "Ready: serac 1 tiny, lanes b0 both on 1 device, gRPC on 127.0.0.1:" in said
     assert demo.STREAMED + "abcdefgh" in said and "[length, 64 tokens, revision r1]" in said
     assert all(prompt + "abcdefgh" in said for prompt in demo.SIDE_BY_SIDE)
     assert f"user: {demo.QUESTION}\nassistant: abcdefgh" in said
@@ -166,4 +167,4 @@ def test_the_demo_serves_the_embedded_model_on_eight_devices():
     run = [sys.executable, "-m", "engine.cli", "demo"]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "mesh tp=8" in done.stdout and "The server drained and left." in done.stdout
+    assert "lanes b0 both on 8 devices" in done.stdout and "The server drained and left." in done.stdout

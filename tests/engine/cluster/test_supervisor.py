@@ -1,0 +1,162 @@
+"""Workers that are ready, live, end, come back and are given up: small scripts in real processes."""
+
+import json
+import os
+import queue
+import sys
+import time
+
+import pytest
+
+from engine.cluster import supervisor
+from engine.cluster.supervisor import Command, Supervisor
+from engine.errors import ConfigError
+
+READY = """
+import json, os, sys, time
+def say(**words): print(json.dumps(words), flush=True)
+say(event="ready", pid=os.getpid(), number=7)
+"""
+LIVES = (
+    READY
+    + """
+for line in sys.stdin:
+    words = json.loads(line)
+    if "exit" in words: sys.exit(words["exit"])
+    say(event="life", name=words["name"])
+sys.exit(0)
+"""
+)
+WAIT_S = 20.0
+
+
+class Told:
+    """What a supervisor tells, as it comes."""
+
+    def __init__(self):
+        self._said = queue.Queue()
+
+    def __call__(self, slot, words):
+        self._said.put((slot, words))
+
+    def next(self, event):
+        """The next of this kind; others before it are dropped."""
+        while True:
+            slot, words = self._said.get(timeout=WAIT_S)
+            if words["event"] == event:
+                return slot, words
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+@pytest.fixture
+def start(told, monkeypatch):
+    """start(script, ...) -> (the supervisor, its facts); restarts come soon."""
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.02)
+    made = []
+
+    def start(*scripts):
+        commands = {f"w{k}": Command([sys.executable, "-c", s], os.environ) for k, s in enumerate(scripts)}
+        made.append(Supervisor(commands, told))
+        return made[-1], made[-1].start(lambda *_: None)
+
+    yield start
+    for each in made:
+        each.stop()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_all_workers_are_ready_and_their_facts_known_before_any_serves(start):
+    _, facts = start(LIVES, "import time; time.sleep(0.3)\n" + LIVES)
+    assert sorted(facts) == ["w0", "w1"]
+    assert all(each["number"] == 7 for each in facts.values()) and facts["w0"]["pid"] != facts["w1"]["pid"]
+
+
+def test_a_worker_hears_lines_and_tells_the_name_of_its_life(start, told):
+    made, _ = start(LIVES)
+    made.workers["w0"].say({"name": "w0.a"})
+    assert told.next("life") == ("w0", {"event": "life", "name": "w0.a"}) and made.workers["w0"].name == "w0.a"
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_worker_that_ends_is_told_with_its_name_and_started_again(start, told, code):
+    made, facts = start(LIVES)
+    made.workers["w0"].say({"name": "w0.a"})
+    told.next("life")
+    made.workers["w0"].say({"exit": code})
+    ended = {"event": "exit", "code": code, "name": "w0.a", "given_up": False}
+    assert told.next("exit") == ("w0", ended)
+    assert told.next("ready")[1]["pid"] != facts["w0"]["pid"]
+
+
+def test_a_killed_worker_is_started_again(start, told):
+    made, facts = start(LIVES)
+    made.workers["w0"].process.kill()
+    assert told.next("exit")[1]["code"] == -9
+    assert alive(told.next("ready")[1]["pid"]) and not alive(facts["w0"]["pid"])
+
+
+def test_a_configuration_error_is_not_tried_again_and_surfaces_in_its_own_words(start):
+    wrong = "import sys; print('serac: error: mesh: got tp=9; expected 1, 2', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(ConfigError, match="^lane w1: mesh: got tp=9; expected 1, 2$"):
+        start(LIVES, wrong)
+
+
+def test_a_worker_that_never_starts_is_given_up_after_waits_that_double(start, told):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="^lane w0: its process ended; its last lines above say why$"):
+        start("raise SystemExit(1)")
+    exits = [told.next("exit")[1]["given_up"] for _ in range(supervisor.MOST_STARTS)]
+    assert exits == [False] * (supervisor.MOST_STARTS - 1) + [True]
+    assert time.monotonic() - began > 0.02 * (2 ** (supervisor.MOST_STARTS - 1) - 1)
+
+
+def test_workers_that_were_ready_end_when_another_cannot_be_started(start, told):
+    with pytest.raises(ConfigError):
+        start(LIVES, "import time; time.sleep(0.5); raise SystemExit(2)")
+    assert not alive(told.next("ready")[1]["pid"])
+
+
+def test_a_worker_ends_when_its_input_does(start, told):
+    made, facts = start(LIVES)
+    made.workers["w0"].process.stdin.close()
+    assert told.next("exit")[1]["code"] == 0 and not alive(facts["w0"]["pid"])
+
+
+def test_stop_ends_every_process_and_starts_none_again(start):
+    made, facts = start(LIVES, LIVES)
+    made.stop()
+    assert not any(alive(each["pid"]) for each in facts.values())
+    assert all(worker.process.returncode == -15 for worker in made.workers.values())
+
+
+def test_a_worker_that_heeds_no_signal_is_killed(start, monkeypatch):
+    monkeypatch.setattr(supervisor, "STOP_S", 0.2)
+    made, facts = start("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LIVES)
+    made.stop()
+    assert made.workers["w0"].process.returncode == -9 and not alive(facts["w0"]["pid"])
+
+
+def test_lines_that_are_no_json_are_logged_under_the_workers_name(start, caplog):
+    with caplog.at_level("INFO", logger="serac.supervisor"):
+        start("print('loading')\nimport sys; print('careful', file=sys.stderr, flush=True)\n" + LIVES)
+        until = time.monotonic() + WAIT_S
+        while len(caplog.messages) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert sorted(caplog.messages) == ["worker w0: careful", "worker w0: loading"]
+
+
+def test_log_lines_of_a_worker_are_passed_on_as_they_are(start, capsys):
+    line = json.dumps({"level": "info", "message": "mine"})
+    start(f"import sys; print({line!r}, file=sys.stderr, flush=True)\n" + LIVES)[0].stop()
+    assert capsys.readouterr().err == line + "\n"

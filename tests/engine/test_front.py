@@ -1,0 +1,74 @@
+"""The front of workers: what it never loads, what it refuses, and how a worker's refusal reaches the caller."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import front
+from engine.config import Settings
+from engine.errors import ConfigError
+from engine.lanes import parse_lanes
+
+ROOT = Path(front.__file__).parents[1]
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_front_and_its_server_never_load_jax():
+    """A device that fails takes its own worker along, so the process that holds the streams has none."""
+    done = python(
+        "-c", "import engine.front, engine.launch, sys; print(sorted({'jax', 'jaxlib'} & {*sys.modules}))"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "workers: got no --lanes; expected lanes to start"),
+        ({"lanes": "both:tp=1", "mesh": "tp=1"}, "lanes: got --mesh as well; expected one of the two"),
+        ({"lanes": "decode:tp=1"}, "lanes: got decode lanes only"),
+        ({"lanes": "both:tp=1", "plan_log": ROOT}, "plan_log: got a folder, with --workers; expected it without"),
+    ],
+)
+def test_what_does_not_go_with_workers_is_refused_before_any_starts(settings, words, monkeypatch):
+    monkeypatch.setattr(front, "Supervisor", lambda *_: pytest.fail("a worker was started"))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        front.replica(Settings(workers=True, **settings), lambda *_: None)
+
+
+def test_more_devices_than_there_are_is_one_sentence_and_exit_code_2():
+    """The worker finds out; `serac serve` says it. Costs about ten seconds."""
+    command = ["-m", "engine.cli", "serve", "embedded", "--lanes=prefill:tp=1, decode:tp=128", "--workers"]
+    done = python(*command, "--device=cpu", "--port=0", "--admin-port=0")
+    assert done.returncode == 2 and done.stdout == ""
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("serac: error: ")]
+    assert said.startswith("serac: error: lane d1: mesh: tp=128 needs more devices than there are:"), said
+
+
+def test_each_worker_gets_the_settings_of_its_lane_and_devices_of_its_own(monkeypatch):
+    monkeypatch.setattr(front, "gpu_problem", lambda: None)
+    monkeypatch.setenv("SERAC_PORT", "9")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    settings = Settings(lanes="prefill:tp=1, decode:tp=2", workers=True, port=7, max_num_seqs=3, prefix_cache=False)
+    commands = front._commands(settings, parse_lanes(settings.lanes))
+    shown = {slot: command.environment["CUDA_VISIBLE_DEVICES"] for slot, command in commands.items()}
+    assert shown == {"p0": "4", "d1": "5,6"}
+    arguments = commands["d1"].arguments
+    assert {"--mesh=tp=2", "--lane=d1", "--role=decode", "--max-num-seqs=3", "--prefix-cache=false"} <= {*arguments}
+    assert not [word for word in arguments if word.startswith(("--port", "--lanes", "--workers"))]
+    assert "SERAC_PORT" not in commands["d1"].environment and "SERAC_PORT" in os.environ
+
+
+def test_a_worker_whose_front_goes_while_it_starts_does_not_stay():
+    """Costs a few seconds."""
+    command = [sys.executable, "-m", "engine.cli", "worker", "embedded", "--device=cpu", "--mesh=tp=1"]
+    few = ["--max-num-seqs=1", "--max-num-batched-tokens=8", "--max-model-len=64", "--lane=b0"]
+    done = subprocess.run([*command, *few], cwd=ROOT, input="", capture_output=True, text=True, timeout=120)
+    assert done.returncode == -15 and '"ready"' not in done.stdout
