@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-AHEAD = 1 << 16  # bytes read before they are asked for
+AHEAD = 1 << 14  # bytes read before they are asked for
 ONCE = 1 << 20  # most bytes of one call, so that a loop turns
 PIECES = 256  # most pieces of one call
 STUCK_S = 10.0
@@ -49,7 +49,9 @@ class PlainWire:
 
     async def receive(self, into: memoryview) -> int:
         """How many bytes came; 0 at the end."""
-        return await self._loop.sock_recv_into(self._socket, into[:ONCE])
+        count = await self._loop.sock_recv_into(self._socket, into[:ONCE])
+        await asyncio.sleep(0)  # where there is always more, the call above never lets the loop turn
+        return count
 
     async def send(self, pieces: deque[memoryview]) -> None:
         """Send all pieces; yields to the loop after each call."""
@@ -60,8 +62,7 @@ class PlainWire:
                 await self._writable()
                 continue
             _drop(pieces, sent)
-            if pieces:
-                await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
     async def _writable(self) -> None:
         descriptor = self._socket.fileno()

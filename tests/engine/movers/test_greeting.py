@@ -65,7 +65,7 @@ def test_a_proof_sent_back_to_its_maker_proves_nothing():
                 await pipe.send([await pipe.take(pipe._stop - pipe._start)])
 
     found, _ = both(greeting(DIALER, True), echo)
-    assert isinstance(found, Stranger)
+    assert isinstance(found, Stranger) and "not of this cluster's secret" in str(found)
 
 
 @pytest.mark.parametrize(
