@@ -1,0 +1,112 @@
+"""`serac serve --lanes --workers` as a person starts it: processes, a client, and clocks for what befalls them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from engine.errors import ResourceExhausted
+from engine.serve.client import Client
+
+OPTIONS = {"numerics": "invariant", "max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 256}
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+REFUSED_S = 30.0
+
+
+class Served:
+    """The embedded model on `lanes`, each in a process of its own."""
+
+    def __init__(self, lanes: str, log: Path):
+        command = [sys.executable, "-m", "engine.cli", "serve", "embedded", f"--lanes={lanes}", "--workers"]
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        with log.open("w") as errors:
+            self.front = subprocess.Popen(
+                [*command, *FLAGS, "--device=cpu", "--port=0", "--admin-port=0"],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+        self.ready = json.loads(self.front.stdout.readline() or "{}")
+        assert self.ready.get("event") == "ready", log.read_text()[-2000:]
+        self.client = Client(self.ready["grpc"], admin=self.ready["admin"])
+
+    def workers(self) -> dict[str, int]:
+        """Process ids by slot."""
+        found = {}
+        for tasks in Path(f"/proc/{self.front.pid}/task").glob("*/children"):
+            for pid in tasks.read_text().split():
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                    found |= {word.split("=")[1]: int(pid) for word in words if word.startswith("--lane=")}
+        return found
+
+    def kill(self, slot: str) -> float:
+        """Kill -9; when."""
+        os.kill(self.workers()[slot], signal.SIGKILL)
+        return time.monotonic()
+
+    def lane(self, slot: str):
+        """What the server says of it."""
+        return next(lane for lane in self.client.lanes() if lane.name.split(".")[0] == slot)
+
+    def restored(self) -> bool:
+        load = self.client.load()
+        return load["blocks_available"] == load["blocks"] and not load["waiting"] and not load["in_flight_steps"]
+
+    def wait(self, what, seconds: float) -> float:
+        """Until `what()`; when that was. Fails when it takes longer than `seconds`."""
+        began = time.monotonic()
+        while not what():
+            assert time.monotonic() - began < seconds, f"not within {seconds} s"
+            time.sleep(0.01)
+        return time.monotonic()
+
+    def close(self) -> int:
+        """SIGTERM; the exit code."""
+        self.front.send_signal(signal.SIGTERM)
+        try:
+            return self.front.wait(60)
+        finally:
+            self.client.close()
+            self.front.kill()
+            self.front.stdout.close()
+
+
+class Asked:
+    """A stream read on a thread of its own: its tokens and when each came."""
+
+    def __init__(self, served: Served, prompt: str, **parameters):
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.error: Exception | None = None
+        self._call = served.client.stream, prompt, parameters
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        until = time.monotonic() + REFUSED_S
+        while not self.tokens and self.error is None and time.monotonic() < until:
+            try:
+                self._take()
+            except ResourceExhausted:  # too many wait; it says to come again
+                time.sleep(0.1)
+            except Exception as error:  # told by `result`
+                self.error = error
+
+    def _take(self) -> None:
+        stream, prompt, parameters = self._call
+        for part in stream(prompt, **parameters):
+            for choice in part.choices:
+                self.tokens += choice.token_ids
+                self.times += [time.monotonic()] * len(choice.token_ids)
+
+    def result(self, seconds: float = 60.0) -> list[int]:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive() and self.error is None, self.error
+        return self.tokens

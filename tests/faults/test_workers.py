@@ -1,0 +1,87 @@
+"""The embedded model on lanes in processes of their own, through the command line: its tokens, and its losses.
+
+Costs about a minute on two cores, nearly all of it compiling; `-s` prints the times it took.
+"""
+
+import os
+import time
+
+import pytest
+
+from engine.llm import LLM
+from tests.faults.served import OPTIONS, Asked, Served
+
+LANES = "prefill:tp=1, decode:tp=2"
+PROMPTS = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 3, "for line in lines:\n    "]
+KINDS = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
+ASKED = [(prompt, kind | {"max_tokens": 90, "ignore_eos": True}) for prompt in PROMPTS for kind in KINDS]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(LANES, tmp_path_factory.mktemp("served") / "log")
+    yield served
+    workers = served.workers()
+    assert served.close() == 0
+    assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")], "a worker outlived its front"
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """What one lane on one device answers."""
+    llm = LLM("embedded", mesh="tp=1", **OPTIONS)
+    return [llm.generate(prompt, **options)[0].token_ids for prompt, options in ASKED]
+
+
+def ask(served):
+    return [Asked(served, prompt, **options) for prompt, options in ASKED]
+
+
+def lose(served, slot, answers, wanted):
+    """Kill a worker while `answers` run: they go on, token for token, and the lane comes back."""
+    name, recoveries = served.lane(slot).name, served.client.load()["recoveries"]
+    killed = served.kill(slot)
+    noticed = served.wait(lambda: served.lane(slot).name != name, 3.0)
+    assert served.lane(slot).state == "starting" and served.client.load()["lanes"] == 1
+    assert [answer.result() for answer in answers] == wanted
+    assert served.client.load()["recoveries"] > recoveries
+    after = [at for answer in answers for at in answer.times if at > noticed]
+    freed = served.wait(served.restored, 5.0)
+    back = served.wait(lambda: served.client.load()["lanes"] == 2, 60.0)
+    assert served.lane(slot).name not in (slot, name) and served.lane(slot).state == "ready"
+    times = {"noticed": noticed, "resumed": min(after), "answered": max(after), "freed": freed, "back": back}
+    print(f"\n{slot} killed:", ", ".join(f"{what} after {at - killed:.2f} s" for what, at in times.items()))
+
+
+def test_prompts_of_a_prefill_lane_are_decoded_as_one_device_decodes_them(served, wanted):
+    assert [answer.result() for answer in ask(served)] == wanted
+    load = served.client.load()
+    assert load["handoffs_started"] > 0 and load["moved_blocks"] > 0 and load["lanes"] == 2
+    served.wait(served.restored, 5.0)
+
+
+def test_streams_outlive_the_worker_that_decodes_them(served, wanted):
+    answers = ask(served)
+    served.wait(lambda: any(len(answer.tokens) > 5 for answer in answers), 20.0)
+    lose(served, "d1", answers, wanted)
+
+
+@pytest.mark.slow
+def test_prompts_outlive_the_worker_that_prefills_them(served, wanted):
+    """Costs a quarter of a minute more, for the worker to come back."""
+    answers = ask(served)
+    served.wait(lambda: served.client.load()["open_requests"] > 1, 20.0)
+    lose(served, "p0", answers, wanted)
+
+
+def test_a_drain_lets_streams_end_and_leaves_no_process(tmp_path, served, wanted):
+    """Last: the server that the others share ends here."""
+    answers = ask(served)
+    served.wait(lambda: any(answer.tokens for answer in answers), 20.0)
+    workers = served.workers()
+    began = time.monotonic()
+    served.front.terminate()
+    assert [answer.result() for answer in answers] == wanted
+    assert served.front.wait(30) == 0
+    assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")]
+    print(f"\ndrained after {time.monotonic() - began:.2f} s")
