@@ -1,6 +1,6 @@
 """The command `serac`: one function a verb, each calling into a module that is imported only then.
 
-    serac serve | generate | chat | plan | convert | replay | bench | demo | version
+    serac serve | generate | chat | top | plan | convert | replay | bench | demo | version
 
 A mistake is answered in one line, `serac: error: FIELD: got X; expected Y`, with the exit code of its error. The
 command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts itself anew with them, and says so.
@@ -107,6 +107,25 @@ def chat(options: argparse.Namespace) -> int:
 
     with talk.connect(options.server, options.token_file, options.tls_ca) as client:
         return talk.chat(client, options.system, read_client(options), sys.stdin, sys.stdout)
+
+
+def add_top(parser: Parser) -> None:
+    """Where the admin listener is."""
+    parser.add_argument(
+        "--server", default="127.0.0.1:50052", metavar="HOST:PORT", help="its admin address (default %(default)s)"
+    )
+    parser.add_argument("--token-file", type=Path, metavar="PATH", help="file that holds the bearer token")
+    parser.add_argument("--tls-ca", type=Path, metavar="PATH", help="PEM root certificates; turns TLS on")
+    parser.add_argument("--once", action="store_true", help="one moment instead of one each second")
+
+
+def top(options: argparse.Namespace) -> int:
+    """Watch what a running server does: a screen on a terminal, else a JSON line each second."""
+    from engine import top
+    from engine.clock import SystemClock
+
+    with top.connect(options.server, options.token_file, options.tls_ca) as client:
+        return top.run(client, SystemClock(), sys.stdout, options.once)
 
 
 def fetch(model: str) -> None:
@@ -223,6 +242,7 @@ VERBS = (
     Verb("worker", "serve one lane for a front; started by serve --workers", add_worker, worker),
     Verb("generate", "ask a running server to go on with a text", add_generate, generate),
     Verb("chat", "talk with a running server", add_chat, chat),
+    Verb("top", "watch what a running server does, lane by lane", add_top, top),
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
     Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),
     Verb("replay", "run a plan log again and compare its results", add_replay, replay),
