@@ -23,7 +23,7 @@ from engine.options import Parser, add_client, add_settings, read_client, read_s
 DISTRIBUTION = "serac"
 VERSIONS = ("serac", "jax", "jaxlib", "flax", "orbax-checkpoint", "grpcio", "protobuf", "numpy")
 PLANNED = (
-    *("mesh", "dtype", "max_model_len", "kv_memory", "block_size"),
+    *("mesh", "lanes", "dtype", "max_model_len", "kv_memory", "block_size"),
     *("max_num_seqs", "max_num_batched_tokens", "numerics"),
 )
 INTERRUPTED = 130
@@ -145,13 +145,14 @@ def add_plan(parser: Parser) -> None:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Say what a model takes on a mesh, without a device."""
+    """Say what a model takes on a mesh or on lanes, without a device."""
     settings = read_settings(options)
     memory_bytes = config.BYTES.given("--memory-bytes", options.memory_bytes)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX starts: no device takes part
-    from engine import plan_report
+    from engine import plan_lanes, plan_report
 
-    return plan_report.run(settings, options.there, memory_bytes, options.json, sys.stdout)
+    report = plan_report.run if settings.lanes is None else plan_lanes.run
+    return report(settings, options.there, memory_bytes, options.json, sys.stdout)
 
 
 def add_convert(parser: Parser) -> None:
