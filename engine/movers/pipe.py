@@ -17,6 +17,7 @@ AHEAD = 1 << 14  # bytes read before they are asked for
 ONCE = 1 << 20  # most bytes of one call, so that a loop turns
 PIECES = 256  # most pieces of one call
 STUCK_S = 10.0
+TURN_S = 0.001
 
 
 class Wire(Protocol):
@@ -46,15 +47,16 @@ class PlainWire:
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future | None = None
+        self._turned_at = 0.0
 
     async def receive(self, into: memoryview) -> int:
         """How many bytes came; 0 at the end."""
         count = await self._loop.sock_recv_into(self._socket, into[:ONCE])
-        await asyncio.sleep(0)  # where there is always more, the call above never lets the loop turn
+        await self._turn()
         return count
 
     async def send(self, pieces: deque[memoryview]) -> None:
-        """Send all pieces; yields to the loop after each call."""
+        """Send all pieces."""
         while pieces:
             try:
                 sent = self._socket.sendmsg(_some(pieces))
@@ -62,6 +64,12 @@ class PlainWire:
                 await self._writable()
                 continue
             _drop(pieces, sent)
+            await self._turn()
+
+    async def _turn(self) -> None:
+        """Let the loop turn now and then: while there is always more, no call ever waits."""
+        if (now := self._loop.time()) - self._turned_at > TURN_S:
+            self._turned_at = now
             await asyncio.sleep(0)
 
     async def _writable(self) -> None:
