@@ -47,7 +47,7 @@ class Process:
 
     def __init__(self, world: "World", slot: str, role: Role, rng: random.Random):
         self.world, self.slot, self.role = world, slot, role
-        self.blocks, self.rows = rng.randint(20, 48), rng.randint(2, 5)
+        self.blocks, self.rows = rng.randint(18, 21 if world.tight else 48), rng.randint(2, 5)
         self.tokens = rng.randint(8, 24)
         self.life = 0
         self.alive, self.paused_until = True, 0.0
@@ -195,6 +195,7 @@ class World:
     def __init__(self, seed: int, requests: int = 16, calm: bool = False):
         self.seed, self.rng, self.now = seed, random.Random(seed), 0.0
         self.faults: Faults = draw(self.rng, calm)
+        self.tight = self.rng.random() < 0.4  # pools that hold little more than one request, and many requests
         self.events = 0
         self._digest = blake2b(digest_size=16)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -207,7 +208,7 @@ class World:
             Process(self, f"{role[0]}{k}", role, self.rng) for k, role in enumerate(self.rng.choice(LAYOUTS))
         ]
         self._plan_faults()
-        for asked in draw_requests(self.rng, self.faults, requests):
+        for asked in draw_requests(self.rng, self.faults, 2 * requests if self.tight else requests):
             self.at(0.2 + asked.at, lambda asked=asked: self._ask(asked))
         self._front_tick()
 
