@@ -161,6 +161,7 @@ class Settings:
     insecure_allow_remote: bool = row(False, SWITCH, "listen beyond this machine without TLS or a token")
     max_message_size: int = row(4 * 2**20, BYTES, "largest message accepted")
     max_calls: int = row(4096, COUNT, "most calls open at once")
+    max_wait: float = row(30.0, TIME, "a request that would wait longer for its first token is refused")
     stall: float = row(30.0, TIME, "a client that reads nothing for so long loses its stream")
     drain: float = row(30.0, TIME, "how long open requests may go on after SIGTERM")
 

@@ -116,7 +116,14 @@ def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str
     limits = Limits(first["vocab"], first["context"], (blocks - 1) * size, size, eos_ids)
     root = bytes.fromhex(first["root"])
     made = Replica(
-        info, text, limits, SystemClock(), Metrics(CollectorRegistry()), root, max_open=settings.max_calls
+        info,
+        text,
+        limits,
+        SystemClock(),
+        Metrics(CollectorRegistry()),
+        root,
+        max_open=settings.max_calls,
+        max_wait_s=settings.max_wait,
     )
     made.describe = first["describe"] | {
         "lanes": spoken(lanes),

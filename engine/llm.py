@@ -10,6 +10,7 @@ turned by the calling thread.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class LLM:
     def __init__(
         self, model: str = "embedded", *, progress: Callable[[str, int, int], None] = lambda *_: None, **settings
     ):
-        self.replica = replica(Settings(model=model, **settings), progress)
+        given = {"max_wait": math.inf} | settings  # the caller waits for all of it
+        self.replica = replica(Settings(model=model, **given), progress)
         self._ids = itertools.count()
 
     def generate(self, prompts: str | Sequence[str | Sequence[int]], **options) -> list[Completion]:

@@ -321,6 +321,8 @@ class Agent:
             self.moved_blocks,
             scheduler.prompt_tokens,
             scheduler.cached_tokens,
+            scheduler.shape.max_rows,
+            scheduler.shape.max_tokens,
         )
 
     def check(self) -> None:

@@ -125,7 +125,7 @@ class Failed(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a lane has to do and to spare. Counts of this moment but for the last five, which are totals."""
+    """What a lane has to do and to spare. Counts of this moment but for five totals and two sizes."""
 
     running: int
     waiting: int
@@ -137,11 +137,13 @@ class Load(NamedTuple):
     writing: int
     quarantined: int
     handoffs: tuple[tuple[str, int], ...]  # (state, how many), both sides together
-    preemptions: int
+    preemptions: int  # from here on totals
     steps: int
     moved_blocks: int
     prompt_tokens: int
     cached_tokens: int
+    rows: int = 0  # the lane's sizes: sequences side by side, tokens a step; 0: not said
+    step_tokens: int = 0
 
 
 ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet

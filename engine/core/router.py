@@ -16,6 +16,7 @@ Cost: one hash a block of a prompt when there are several lanes; a dict lookup a
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core import messages, prefix
+from engine.core.admission import Lane, admit, least_wait
 from engine.core.events import Emission
 from engine.core.messages import Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Submit
 from engine.core.request import Request, Sampling, Stopping
@@ -31,31 +33,10 @@ from engine.core.roles import Role
 from engine.core.sequence import Part
 from engine.errors import DeadlineExceeded, SeracError, Unavailable
 
-TOKEN_S = 1e-4  # to compute one token of a prompt, where nothing better is known
 MOVE_S = 5e-3  # a handoff, beside its prompt
-WAIT_ROW_S = 0.05  # for each sequence that waits
-FULL_S = 1.0  # a pool that has no room now
 SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
 MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts as the cause
 REMEMBERED = 1 << 16  # blocks whose lane is remembered
-
-
-@dataclass(slots=True)
-class Lane:
-    """A lane as the router sees it. `name` is that of one life of its process: a new one has a new name."""
-
-    name: str
-    role: Role
-    load: Load | None = None
-    queued: int = 0  # prompt tokens sent since its last report
-
-    def wait_s(self, tokens: int, blocks: int) -> float:
-        """Seconds until it has computed `tokens` more tokens of a prompt that needs `blocks`."""
-        queued = self.queued + tokens
-        if self.load is None:
-            return queued * TOKEN_S
-        full = FULL_S if blocks > self.load.available else 0.0
-        return (queued + self.load.queued_tokens) * TOKEN_S + self.load.waiting * WAIT_ROW_S + full
 
 
 @dataclass(eq=False, slots=True)
@@ -133,22 +114,28 @@ class Router:
         self.outbox: list[tuple[str, messages.ToLane]] = []
         self.events: list[Event] = []
         self.journeys: dict[Journey, None] = {}
+        self.max_wait_s = math.inf  # a new request that would wait longer for its first token is refused
         self.recoveries = self.handoffs = self.gaps = 0
         self._block_size, self._root = block_size, root
         self._context, self._eos_ids = context, eos_ids
         self._legs: dict[int, Leg] = {}  # by serial and by handoff
         self._tracks: dict[int, Track] = {}  # by serial
-        self._serial = 0
+        self._serial, self._now = 0, 0.0
         self._deadlines: list[tuple[float, int, Journey]] = []
         self._where: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # blocks that a lane has computed
         self._parked: list[list[Track]] = []  # no lane is there
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, seed: int) -> Journey:
-        """Serve a request that was checked. Raises Unavailable when no lane is there."""
+    def submit(self, request: Request, seed: int, now: float) -> Journey:
+        """Serve a request that was checked. Raises Unavailable when no lane is there, ResourceExhausted."""
         if not self.lanes:
             raise Unavailable("replica: no lane is ready; try again later")
+        self._run(now)
+        length = len(request.prompt_ids)
+        decoding, prefilling = self._pools(request, length)
+        alone = [lane for lane in decoding if self._may_serve_alone(lane, length, prefilling)]
+        admit(now, self.max_wait_s, request.deadline_at, least_wait(alone, prefilling, decoding))
         journey = Journey(request, seed)
         journey.tracks = [Track(journey, choice) for choice in range(request.sampling.n)]
         self.journeys[journey] = None
@@ -174,7 +161,7 @@ class Router:
             self._to(leg.target, Cancel((track.serial,), handoff, reason))
             if handoff:
                 self._to(leg.source, Cancel((), handoff, reason))
-                self._legs.pop(handoff, None)
+                self._left(leg.source, handoff)
 
     def hold(self, journey: Journey, held: bool) -> None:
         """Pause a request whose client does not read, or let it go on."""
@@ -220,7 +207,10 @@ class Router:
                     self.events.append(Started(track, cached))
             case messages.Scored(serial=serial) if (track := self._tracks.get(serial)) is not None:
                 self._scored(track, message)
-            case messages.Committed(handoff=number) if (leg := self._legs.pop(number, None)) is not None:
+            case messages.Committed(handoff=number) if (leg := self._legs.get(number)) is not None:
+                if (source := self.lanes.get(leg.source)) is not None:
+                    source.drew(number)
+                self._left(leg.source, number)
                 self._committed(leg)
             case Failed(handoff=number) if (leg := self._legs.get(number)) is not None:
                 self._failed(leg, message)
@@ -229,9 +219,15 @@ class Router:
 
     def tick(self, now: float) -> None:
         """End what is past its deadline, wherever it is."""
+        self._run(now)
         while self._deadlines and self._deadlines[0][0] <= now:
             journey = heapq.heappop(self._deadlines)[2]
             self.cancel(journey, "deadline", DeadlineExceeded("deadline: passed before the request was done"))
+
+    def _run(self, now: float) -> None:
+        for lane in self.lanes.values():
+            lane.run(now - self._now)
+        self._now = now
 
     def _emission(self, emission: Emission) -> None:
         entries = []
@@ -244,6 +240,8 @@ class Router:
             if position == wanted:
                 track.tokens.append(token)
                 entries.append((k, track))
+                if (lane := self.lanes.get(self._legs[serial].target)) is not None and serial in lane.placed:
+                    lane.drew(serial)
             elif position > wanted:  # a token is missing: what follows would be wrong
                 self.gaps += 1
                 self._again(self._legs[serial], "a token is missing")
@@ -283,9 +281,9 @@ class Router:
         serials = leg.serials
         for name in {leg.target, leg.source} & self.lanes.keys():
             self._to(name, Cancel(serials, leg.handoff, reason))
-        self._legs.pop(leg.handoff, None)
+        self._left(leg.source, leg.handoff)
         for track in leg.tracks:
-            self._legs.pop(track.serial, None)
+            self._left(leg.target, track.serial)
             self._tracks.pop(track.serial, None)
             if track.over:
                 continue
@@ -322,19 +320,22 @@ class Router:
         chain = self._chain(request, tokens)
         source, target = self._choose(request, len(tokens), chain)
         leg = Leg(tracks, target.name)
+        cached = self._cached((source or target).name, chain)
         for track in tracks:
             track.serial = self._number()
             self._legs[track.serial], self._tracks[track.serial] = leg, track
+            target.place(track.serial, len(tokens) - cached if source is None and track is first else 0)
         parts = tuple(Part(track.serial, track.choice, tuple(track.tokens)) for track in tracks)
         submit = Submit(request, journey.seed, parts)
         if source is None:
-            target.queued += len(tokens) - self._cached(target.name, chain)
+            target.queued += len(tokens) - cached
             self._remember(target.name, chain)
             self._to(target.name, submit)
         else:
             leg.chain = chain
             self._hand_off(leg, source, submit, tokens)
-            source.queued += len(tokens) - self._cached(source.name, chain)
+            source.queued += len(tokens) - cached
+            source.place(leg.handoff, len(tokens) - cached)
             self._remember(source.name, chain)
         if journey.held:
             self._to(target.name, Hold(leg.serials, True))
@@ -356,19 +357,25 @@ class Router:
         self._to(leg.target, Expect(leg.handoff, source.name, submit))
         self._to(source.name, Prefill(leg.handoff, leg.target, prompt))
 
-    def _choose(self, request: Request, length: int, chain: list[bytes]) -> tuple[Lane | None, Lane]:
-        """(the lane that prefills or None, the lane that decodes), of least predicted seconds."""
+    def _pools(self, request: Request, length: int) -> tuple[list[Lane], list[Lane]]:
+        """(lanes that may decode, lanes that may prefill for them)."""
         lanes = list(self.lanes.values())
         decoding = [lane for lane in lanes if lane.role != "prefill"] or lanes
         prefilling = [lane for lane in lanes if lane.role == "prefill"]
-        if request.sampling.prompt_logprobs is not None or length < 2:
-            prefilling = []
+        return decoding, [] if request.sampling.prompt_logprobs is not None or length < 2 else prefilling
+
+    def _may_serve_alone(self, lane: Lane, rest: int, prefilling: list[Lane]) -> bool:
+        return lane.role != "decode" or not prefilling or rest <= SHORT_BLOCKS * self._block_size
+
+    def _choose(self, request: Request, length: int, chain: list[bytes]) -> tuple[Lane | None, Lane]:
+        """(the lane that prefills or None, the lane that decodes), of least predicted seconds."""
+        decoding, prefilling = self._pools(request, length)
         blocks = -(-length // self._block_size)
         best: tuple[float, Lane | None, Lane] | None = None
         for target in decoding:
             rest = length - self._cached(target.name, chain)
             alone = target.wait_s(rest, blocks)
-            if target.role != "decode" or not prefilling or rest <= SHORT_BLOCKS * self._block_size:
+            if self._may_serve_alone(target, rest, prefilling):
                 best = _lesser(best, (alone, None, target))
             for source in prefilling:
                 if source is not target:
@@ -404,9 +411,16 @@ class Router:
     def _close(self, track: Track) -> None:
         track.over = True
         self._tracks.pop(track.serial, None)
-        self._legs.pop(track.serial, None)
+        if (leg := self._legs.get(track.serial)) is not None:
+            self._left(leg.target, track.serial)
         if all(other.over for other in track.journey.tracks):
             self.journeys.pop(track.journey, None)
+
+    def _left(self, name: str, number: int) -> None:
+        """A choice or a handoff is over on a lane."""
+        self._legs.pop(number, None)
+        if (lane := self.lanes.get(name)) is not None:
+            lane.leave(number)
 
     def _number(self) -> int:
         self._serial += 1

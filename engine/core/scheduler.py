@@ -215,8 +215,8 @@ class Scheduler:
         for sequence in list(self.prefilling.values()):
             self._chunk(sequence, draft)
         while draft.tokens_left > 0 and draft.points_left > 0 and self.rows.free:
-            newcomer = self._next()
-            if newcomer is None or not self._seat(newcomer):
+            newcomer = self._seat_next()
+            if newcomer is None:
                 break
             if newcomer.state is State.RESTING:
                 continue
@@ -224,11 +224,12 @@ class Scheduler:
             self._loads[newcomer.row] = Load(newcomer.row, newcomer.tokens, table, newcomer.draw)
             self._chunk(newcomer, draft)
 
-    def _next(self) -> Sequence | None:
-        """The next sequence to seat: the first that waits, or alone the first suspect."""
+    def _seat_next(self) -> Sequence | None:
+        """Seat the first that waits, or the first with blocks if the pool has none for it; a suspect alone."""
+        candidates = (self.waiting.first, self.waiting.arrived)
         if self.suspects:
-            return self.suspects[0] if self.suspects[0].state is State.WAITING else None
-        return self.waiting.first
+            candidates = (self.suspects[0],) if self.suspects[0].state is State.WAITING else ()
+        return next((s for s in candidates if s is not None and self._seat(s)), None)
 
     def _seat(self, sequence: Sequence) -> bool:
         """Seat a waiting sequence with blocks for all it knows, shared ones first; False if the pool cannot."""

@@ -1,6 +1,7 @@
 """Sequences that want a row, in the order they get one.
 
-arrived   hold blocks already, whose KV came from another lane: first, since only a row lets their blocks go
+arrived   hold blocks already, whose KV came from another lane: only a row lets their blocks go, so they go first
+          while the pool has none for who came before them
 queue     hold nothing; who was preempted goes to the front
 """
 
@@ -43,9 +44,14 @@ class Waiting:
 
     @property
     def first(self) -> Sequence | None:
-        """Who is next."""
-        queue = self._arrived or self._queue
-        return queue[0] if queue else None
+        """Who came first, as serials tell: neither queue waits for the other to be empty."""
+        heads = [queue[0] for queue in (self._arrived, self._queue) if queue]
+        return min(heads, key=lambda sequence: sequence.serial, default=None)
+
+    @property
+    def arrived(self) -> Sequence | None:
+        """The first that holds blocks."""
+        return self._arrived[0] if self._arrived else None
 
     @property
     def hungry(self) -> Sequence | None:

@@ -68,7 +68,9 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     dtype = str(choices[0].dtype)
     root = prefix.root(folder.revision, settings.numerics, dtype, "k_PKCH", str(sizes.block_size))
     metrics, clock = Metrics(CollectorRegistry()), clock or SystemClock()
-    made = Replica(info, text, limits, clock, metrics, root, max_open=settings.max_calls)
+    made = Replica(
+        info, text, limits, clock, metrics, root, max_open=settings.max_calls, max_wait_s=settings.max_wait
+    )
     logs = [
         open_plan_log(settings, plan_header(lane.name, settings.model, folder, config, choice, mesh), metrics)
         for lane, mesh, choice in zip(lanes, meshes, choices, strict=True)

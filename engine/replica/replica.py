@@ -9,6 +9,7 @@ are matched. A client that does not read holds about HELD_TOKENS tokens: then it
 
 import functools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -73,10 +74,12 @@ class Replica:
         root: bytes = b"",
         seeds: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
         max_open: int = 4096,
+        max_wait_s: float = math.inf,
     ):
         self.info, self.text, self.limits, self.clock, self.metrics = info, text, limits, clock, metrics
         self.lanes: list[Lane] = []
         self.router = Router(limits.block_size, limits.context, limits.eos_ids, root)
+        self.router.max_wait_s = max_wait_s
         self._switches: dict[str, Lane] = {}
         self._desk = Desk()
         self._seeds, self._max_open = seeds, max_open
@@ -177,7 +180,7 @@ class Replica:
                 raise ResourceExhausted(
                     wrong("requests", f"{len(self._open)} open", f"at most {self._max_open}; try again later")
                 )
-            journey = self.router.submit(request, self._seeds())
+            journey = self.router.submit(request, self._seeds(), self.clock.now())
             self._open[request.request_id] = Entry(output, journey, notify)
             self._desk.seat(output, journey)
             self._route()

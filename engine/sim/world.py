@@ -21,6 +21,7 @@ from engine.core.events import Emission
 from engine.core.handoff import Parts
 from engine.core.membership import Member, Members
 from engine.core.messages import FRONT, Cancel
+from engine.core.plan import StepPlan
 from engine.core.roles import Role
 from engine.core.router import Router, Track
 from engine.core.scheduler import LaneShape, Scheduler
@@ -126,9 +127,13 @@ class Process:
                 self.device.launch(plan)
             except RuntimeError:
                 self.device.launch(plan)
-            self.finish_at.append(max(now, *self.finish_at, 0.0) + STEP_S)
+            self.finish_at.append(max(now, *self.finish_at, 0.0) + self.step_s(plan))
         if self.world.rng.random() < 0.05:
             agent.check()
+
+    def step_s(self, plan: StepPlan) -> float:
+        """How long the device takes for a step."""
+        return STEP_S
 
     def _collect(self) -> None:
         step = self.agent.scheduler.flights[0].plan.step
@@ -249,7 +254,7 @@ class World:
         if not self.router.lanes:
             self.at(self.now + 0.5, lambda: self._ask(asked))
             return
-        journey = self.router.submit(asked.request, asked.seed)
+        journey = self.router.submit(asked.request, asked.seed, self.now)
         if asked.cancel_at is not None:
             self.at(asked.cancel_at, lambda: self._leave(journey.tracks[asked.leaves]))
         if asked.hold_at is not None:

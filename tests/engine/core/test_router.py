@@ -26,7 +26,7 @@ class Front:
     def ask(self, ids=LONG, deadline_at=None, seed=3, salt=b"", **options):
         stopping = Stopping(**{k: options.pop(k) for k in list(options) if k in Stopping.__dataclass_fields__})
         request = Request("r", tuple(ids), Sampling(**options), stopping, deadline_at, salt)
-        return self.router.submit(request, seed)
+        return self.router.submit(request, seed, 0.0)
 
     def said(self, kind=None):
         """(lane, message) since the last call, of one kind if given."""

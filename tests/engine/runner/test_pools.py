@@ -70,7 +70,7 @@ class Pools:
 
     def submit(self, name, prompt, **options):
         request = Request(name, tuple(prompt), Sampling(**options), Stopping(max_tokens=6))
-        return self.router.submit(request, 3)
+        return self.router.submit(request, 3, 0.0)
 
     def run(self, cancel=lambda: None):
         while self.router.journeys:
