@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from engine.core.messages import Load
 from engine.core.roles import Role
-from engine.errors import ResourceExhausted, wrong
+from engine.errors import ResourceExhausted
 
 TOKEN_S = 1e-4  # to compute one token of a prompt, where nothing better is known
 WAIT_ROW_S = 0.05  # for each sequence that waits, where nothing better is known
@@ -182,7 +182,7 @@ def admit(now: float, max_wait_s: float, deadline_at: float | None, wait: Wait) 
     hint_s = max(wait.mean_s, LEAST_HINT_S)
     got = "an unknown wait" if wait.late_s == math.inf else f"a wait of {wait.late_s:.3g} s for the first token"
     expected = f"at most {bound_s:.3g} s; try again in {hint_s:.3g} s"
-    raise ResourceExhausted(wrong(name, got, expected), field=name, retry_after_s=hint_s)
+    raise ResourceExhausted(f"{name}: got {got}; expected {expected}", field=name, retry_after_s=hint_s)
 
 
 def least_wait(alone: Sequence[Lane], prefilling: Sequence[Lane], decoding: Sequence[Lane]) -> Wait:

@@ -1,6 +1,6 @@
 """Which lanes serve a request, what its choices have drawn, and what to do when a lane is lost.
 
-    submit -> place: one lane              Submit  -> lane
+    submit -> admit -> place: one lane     Submit  -> lane              (whom to refuse: engine/core/admission.py)
               or prefill + decode lane     Prefill -> source, Expect -> target      (engine/core/handoff.py)
     lane lost | handoff failed -> the choices that still run go on elsewhere, from the tokens they have drawn
     Over | cancel | deadline | finish -> one terminal event a choice
@@ -439,6 +439,8 @@ class Router:
                 assert track.over or track in parked or self._tracks.get(track.serial) is track
         assert all(leg.target in self.lanes for leg in self._legs.values())
         assert all(track.serial in self._legs for track in self._tracks.values())
+        placed = {number for lane in self.lanes.values() for number in (*lane.placed, *lane.drawing)}
+        assert placed == self._legs.keys(), "a lane counts other work than is open"
 
 
 def _lesser(

@@ -1,11 +1,11 @@
 """A cluster without faults that is asked for more than it can do, in virtual time, on the production classes.
 
     closed: so many clients, each asks again when it was answered        -> capacity, requests a second
-    open:   arrivals by chance at a rate, whatever becomes of them       -> goodput: first token in time, answer whole
+    open:   arrivals by chance at a rate, whatever becomes of them       -> goodput: in time and whole, a second
 
 A step's time grows with its tokens, so that rows and prompts both cost. The judge of the simulator holds every
 answer against the lone one; what is refused is counted, and when its client was told to come again.
-Cost: about 10 s a virtual minute and lane.
+Cost: about 2 s a virtual minute and lane.
 """
 
 import heapq
