@@ -5,8 +5,12 @@ from types import SimpleNamespace
 from engine.core.waiting import Waiting
 
 
+def made(serial):
+    return SimpleNamespace(serial=serial, blocks=[], computed=0)
+
+
 def waiting(count):
-    queue, sequences = Waiting(), [SimpleNamespace(blocks=[], computed=0) for _ in range(count)]
+    queue, sequences = Waiting(), [made(serial) for serial in range(1, count + 1)]
     for sequence in sequences:
         queue.append(sequence)
     return queue, sequences
@@ -17,24 +21,27 @@ def arrive(queue, sequence, *blocks):
     queue.arrive(sequence)
 
 
-def test_the_oldest_is_first_and_who_was_preempted_before_it():
+def test_the_oldest_is_first_and_who_was_preempted_before_the_rest():
     queue, (a, b) = waiting(2)
     assert queue.first is queue.hungry is a and list(queue) == [a, b] and len(queue) == 2
     queue.remove(a)
     queue.insert(a)
-    c = SimpleNamespace(blocks=[], computed=0)
+    c = made(0)
     queue.insert(c)
     assert list(queue) == [c, a, b]
 
 
-def test_who_has_blocks_already_comes_before_who_has_none():
+def test_who_came_first_is_first_whether_it_has_blocks_or_not():
     queue, (a, b, c) = waiting(3)
     arrive(queue, c, 1, 2)
     arrive(queue, b, 3)
-    assert list(queue) == [c, b, a] and queue.first is c and queue.hungry is a
-    d = SimpleNamespace(blocks=[], computed=0)
-    queue.insert(d)
-    assert queue.first is c and queue.hungry is d
+    assert queue.first is a is queue.hungry and queue.arrived is c and list(queue) == [c, b, a]
+    queue.remove(a)
+    assert queue.first is queue.arrived is c and queue.hungry is None
+    queue.append(made(4))
+    assert queue.first is c, "it came before"
+    queue.remove(c)
+    assert queue.first is queue.arrived is b
 
 
 def test_each_leaves_the_queue_that_it_is_in():
@@ -43,7 +50,7 @@ def test_each_leaves_the_queue_that_it_is_in():
     queue.remove(b)
     assert list(queue) == [a] and queue.first is a
     queue.remove(a)
-    assert queue.first is None and queue.hungry is None and not queue
+    assert queue.first is None and queue.arrived is None and queue.hungry is None and not queue
 
 
 def test_when_the_pool_is_gone_nobody_holds_anything_and_the_order_stays():
