@@ -8,12 +8,15 @@ that was stopped and goes on later learns that its streams are served elsewhere 
 Pure: `now` is an argument; packets are returned. Cost: a session a lane (engine/core/session.py).
 """
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 from engine.core.messages import Meet, ToFront, ToLane
 from engine.core.roles import Role
 from engine.core.router import Router
 from engine.core.session import AGAIN_S, Packet, Session
+
+REMEMBERED = 4096  # names that were given up
 
 
 class Hello(NamedTuple):
@@ -48,7 +51,7 @@ class Members:
         self.router = router
         self.sessions: dict[str, Session] = {}
         self._next = first_session
-        self._gone: set[str] = set()
+        self._gone: OrderedDict[str, None] = OrderedDict()
         self._addresses: dict[str, str] = {}
 
     def receive(self, now: float, name: str, said: Said) -> list[tuple[str, Answered]]:
@@ -81,8 +84,14 @@ class Members:
         """Give a lane up: it was silent, or its connection is gone."""
         self._addresses.pop(name, None)
         if self.sessions.pop(name, None) is not None:
-            self._gone.add(name)
+            self._gone[name] = None
+            while len(self._gone) > REMEMBERED:
+                self._gone.popitem(last=False)
             self.router.lane_lost(name)
+
+    def silent(self, now: float) -> list[str]:
+        """Lanes that have said nothing for too long."""
+        return [name for name, session in self.sessions.items() if session.lost(now)]
 
     def flush(self, now: float) -> list[tuple[str, Answered]]:
         """What the router has to say, as packets."""
@@ -96,7 +105,7 @@ class Members:
 
     def tick(self, now: float) -> list[tuple[str, Answered]]:
         """Give silent lanes up, repeat what is overdue, let deadlines pass."""
-        for name in [name for name, session in self.sessions.items() if session.lost(now)]:
+        for name in self.silent(now):
             self.lost(name)
         self.router.tick(now)
         sent: list[tuple[str, Answered]] = []

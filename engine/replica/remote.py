@@ -7,6 +7,7 @@ A connection that ends and a silence are the same: the lane is given up and what
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from engine.clock import Clock
@@ -16,6 +17,7 @@ from engine.core.router import Router
 from engine.movers.links import Links
 
 TICK_S = 0.1
+FORGET_S = 30.0  # a lane that was given up may come back to be told so
 
 Dispatch = Callable[[Callable[[], None]], None]
 
@@ -27,6 +29,7 @@ class Remote:
         self.members, self._clock, self._settle = Members(router, first_session), clock, settle
         self.links = Links(FRONT, secret, self._hear, self._gone, clock=clock)
         self._dispatch: Callable[[], Dispatch] = lambda: lambda call: call()
+        self._leaving: deque[tuple[float, str]] = deque()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="front", daemon=True)
 
@@ -59,6 +62,8 @@ class Remote:
 
     def _gone(self, peer: str) -> None:
         def give_up() -> None:
+            if peer in self.members.sessions:
+                self._leaving.append((self._clock.now() + FORGET_S, peer))
             self.members.lost(peer)
             self._settle()
 
@@ -66,7 +71,11 @@ class Remote:
 
     def _tick(self) -> None:
         def tick() -> None:
-            self._post(self.members.tick(self._clock.now()))
+            now = self._clock.now()
+            self._leaving += [(now + FORGET_S, name) for name in self.members.silent(now)]
+            self._post(self.members.tick(now))
+            while self._leaving and self._leaving[0][0] <= now:
+                self.links.forget(self._leaving.popleft()[1])
             self._settle()
 
         while not self._stopping.wait(TICK_S):
