@@ -226,7 +226,7 @@ class Scheduler:
 
     def _seat_next(self) -> Sequence | None:
         """Seat the first that waits, or the first with blocks if the pool has none for it; a suspect alone."""
-        candidates = (self.waiting.first, self.waiting.arrived)
+        candidates: tuple[Sequence | None, ...] = (self.waiting.first, self.waiting.arrived)
         if self.suspects:
             candidates = (self.suspects[0],) if self.suspects[0].state is State.WAITING else ()
         return next((s for s in candidates if s is not None and self._seat(s)), None)
