@@ -106,10 +106,11 @@ def test_a_killed_worker_is_started_again(start, told):
     assert alive(told.next("ready")[1]["pid"]) and not alive(facts["w0"]["pid"])
 
 
-def test_a_configuration_error_is_not_tried_again_and_surfaces_in_its_own_words(start):
+def test_a_configuration_error_is_not_tried_again_and_surfaces_in_its_own_words(start, told):
     wrong = "import sys; print('serac: error: mesh: got tp=9; expected 1, 2', file=sys.stderr); sys.exit(2)"
     with pytest.raises(ConfigError, match="^lane w1: mesh: got tp=9; expected 1, 2$"):
         start(LIVES, wrong)
+    assert told.next("exit") == ("w1", {"event": "exit", "code": 2, "name": "", "given_up": True})
 
 
 def test_a_worker_that_never_starts_is_given_up_after_waits_that_double(start, told):
