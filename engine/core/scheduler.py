@@ -254,7 +254,7 @@ class Scheduler:
         sequence.blocks, sequence.computed = [], 0
         self.say_computed(sequence, computed)
         if sequence.rests and computed == length:
-            sequence.blocks, sequence.state = blocks, State.RESTING
+            self.rest(sequence, blocks)
             return True
         self.rows.seat(sequence, blocks + self.pool.take(missing), computed)
         self.running[sequence.serial] = self.prefilling[sequence.serial] = sequence
@@ -356,6 +356,12 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.insert(sequence)
         self.say_computed(sequence, 0)
+
+    def rest(self, sequence: Sequence, blocks: list[int]) -> None:
+        """The prompt of one that only prefills is in `blocks`: it keeps them, and is no suspect any more."""
+        sequence.blocks, sequence.state = blocks, State.RESTING
+        if self.suspects and self.suspects[0] is sequence:
+            self.suspects.popleft()
 
     def pass_trial(self, sequence: Sequence) -> None:
         """A suspect's lone step went well: it waits with the others again."""

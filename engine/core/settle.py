@@ -11,7 +11,7 @@ import numpy as np
 from engine.core.events import Emission, Scored
 from engine.core.plan import StepResult
 from engine.core.rows import Picked
-from engine.core.sequence import Sequence, State
+from engine.core.sequence import Sequence
 from engine.errors import NumericError
 
 if TYPE_CHECKING:
@@ -51,11 +51,9 @@ def _settle_prompt(scheduler: "Scheduler", sequence: Sequence, computed: int) ->
     """A sequence that only prefills has got so far; at the end it leaves its row and keeps its blocks."""
     scheduler.say_computed(sequence, computed)
     if computed == len(sequence.tokens) - 1:
-        sequence.blocks, _ = scheduler.rows.leave(sequence)
+        blocks, _ = scheduler.rows.leave(sequence)
         scheduler.running.pop(sequence.serial)
-        sequence.state = State.RESTING
-        if scheduler.suspects and scheduler.suspects[0] is sequence:
-            scheduler.suspects.popleft()
+        scheduler.rest(sequence, blocks)
 
 
 def _settle_scores(scheduler: "Scheduler", chunk: "Chunk", result: StepResult) -> bool:

@@ -325,6 +325,22 @@ def test_after_a_failure_a_prompt_that_rested_is_computed_first_again():
     assert lane.right(running) and lane.right(waiting) and lane.restored
 
 
+def test_a_suspect_whose_prompt_the_one_before_it_computed_rests_and_is_no_suspect_any_more():
+    lane = Lane(max_rows=2)
+    one, two = (
+        arrivals.prefill(lane.scheduler, Request("r", tuple(prompt(9)), Sampling()), 90 + k) for k in (1, 2)
+    )
+    lane.turn()
+    lane.device.reset()
+    lane.scheduler.fail(lane.plans[-1].step, "the step failed")
+    assert list(lane.scheduler.suspects) == [one, two]
+    other = lane.submit(prompt(5, 3), max_tokens=2)
+    for _ in range(8):
+        lane.turn()
+    assert one.state is two.state is State.RESTING and one.blocks == two.blocks and not lane.scheduler.suspects
+    assert lane.ended[other.serial].reason == "length" and lane.right(other)
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_sequence_held_before_it_is_seated_keeps_the_record_of_its_row(beside):
     """It is seated, but no step takes it: a plan that is none must not take its record away."""
