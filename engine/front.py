@@ -125,12 +125,23 @@ def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str
         max_open=settings.max_calls,
         max_wait_s=settings.max_wait,
     )
-    made.describe = first["describe"] | {
+    made.describe = described(lanes, [facts[lane.name]["describe"] for lane in lanes])
+    return made
+
+
+def described(lanes: tuple[LaneSpec, ...], workers: list[dict]) -> dict[str, object]:
+    """What runs where, of all workers: bytes are those of the device that holds most, blocks those of the least."""
+    largest = {name: max(each[name] for each in workers) for name in workers[0] if name.endswith("_bytes")}
+    return {
+        **workers[0],
+        **largest,
         "lanes": spoken(lanes),
         "devices": sum(lane.tp for lane in lanes),
+        "lane_axes": {lane.name: each["lane_axes"] for lane, each in zip(lanes, workers, strict=True)},
+        "num_blocks": min(each["num_blocks"] for each in workers),
+        "compile_seconds": round(sum(each["compile_seconds"] for each in workers), 2),
         "workers": len(lanes),
     }
-    return made
 
 
 def _commands(settings: Settings, lanes: tuple[LaneSpec, ...]) -> dict[str, Command]:

@@ -72,3 +72,15 @@ def test_a_worker_whose_front_goes_while_it_starts_does_not_stay():
     few = ["--max-num-seqs=1", "--max-num-batched-tokens=8", "--max-model-len=64", "--lane=b0"]
     done = subprocess.run([*command, *few], cwd=ROOT, input="", capture_output=True, text=True, timeout=120)
     assert done.returncode == -15 and '"ready"' not in done.stdout
+
+
+def test_the_front_tells_of_all_workers_what_holds_for_each():
+    lanes = parse_lanes("prefill:tp=1, decode:tp=2")
+    common = {"model": "tiny", "num_blocks": 40, "compile_seconds": 1.5}
+    prefill = {**common, "weights_bytes": 20, "kv_bytes": 5, "lane_axes": {"kv": 1}}
+    decode = {**common, "weights_bytes": 10, "kv_bytes": 7, "lane_axes": {"kv": 2}, "num_blocks": 30}
+    told = front.described(lanes, [prefill, decode])
+    assert told["lanes"] == "p0 prefill on 1 device, d1 decode on 2 devices" and told["devices"] == 3
+    assert (told["weights_bytes"], told["kv_bytes"], told["num_blocks"]) == (20, 7, 30)
+    assert told["compile_seconds"] == 3.0 and told["lane_axes"] == {"p0": {"kv": 1}, "d1": {"kv": 2}}
+    assert told["model"] == "tiny" and told["workers"] == 2
