@@ -60,7 +60,9 @@ QUICK = {
     f"engine.{part}"
     for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top")
 }
-TOP = {f"engine.{part}" for part in ("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm")}
+TOP = {
+    f"engine.{part}" for part in ("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm")
+}
 ANYTHING = QUICK | TOP | {"bench"}
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
