@@ -12,6 +12,7 @@ BENCHES = {
     "decode": "the CPU decode step beside the time of reading the weights once",
     "kv": "a move of KV blocks between two lanes beside a memcpy, and what its checksums cost",
     "wire": "KV blocks from process to process over loopback beside a memcpy",
+    "overload": "goodput, waits and refusals when more is asked than can be done, simulated and real",
     "load": "an artifact's load against that of a safetensors folder",
 }
 

@@ -72,7 +72,7 @@ def parser(name: str, words: str | None) -> argparse.ArgumentParser:
     return lines
 
 
-def record(name: str, arguments: Sequence[str]) -> Record:
+def record(name: str, arguments: Sequence[str], kind: Kind = "measured") -> Record:
     """The record of a bench called with `arguments`; where its figures went is left out."""
     kept, skip = [], False
     for word in arguments:
@@ -80,7 +80,7 @@ def record(name: str, arguments: Sequence[str]) -> Record:
         if not skip and option not in PLACES:
             kept.append(word)
         skip = option in PLACES and not value
-    return Record(name, " ".join(["python -m bench", name, *kept]))
+    return Record(name, " ".join(["python -m bench", name, *kept]), kind)
 
 
 def machine() -> dict[str, object]:
