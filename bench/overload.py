@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import jax
 
-from bench.overload_real import Crowd
+from bench.overload_real import Crowd, embedded
 from bench.record import parser, record, show
 from engine.core.roles import Role
 from engine.environment import needed
@@ -77,7 +77,7 @@ def simulated(roles: tuple[Role, ...], times: Sequence[float], chosen: argparse.
 
 def real(lanes: str, times: Sequence[float], chosen: argparse.Namespace) -> list[Row]:
     """The rows of one layout of real lanes."""
-    crowd = Crowd(lanes, chosen.rows, chosen.seed)
+    crowd = Crowd(embedded(lanes, chosen.rows), chosen.rows, chosen.seed)
     rows: list[Row] = []
     try:
         crowd.closed(chosen.real_seconds / 4)  # the first steps of a process are slow

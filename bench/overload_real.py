@@ -18,6 +18,7 @@ from engine.core.request import Request, Sampling, Stopping
 from engine.errors import ResourceExhausted
 from engine.replica.build import replica
 from engine.replica.output import Output
+from engine.replica.replica import Replica
 
 PROMPT, ANSWER = (4, 32), (4, 28)  # tokens, drawn evenly
 STEP_TOKENS, CONTEXT = 32, 128
@@ -38,6 +39,19 @@ class Seen:
     after_bytes: int = 0
 
 
+def embedded(lanes: str, rows: int) -> Replica:
+    """The embedded model on CPU lanes, with few programs."""
+    return replica(
+        Settings(
+            lanes=lanes,
+            device="cpu",
+            max_num_seqs=rows,
+            max_num_batched_tokens=STEP_TOKENS,
+            max_model_len=CONTEXT,
+        )
+    )
+
+
 @dataclass(slots=True)
 class Call:
     """A request on its way."""
@@ -49,16 +63,9 @@ class Call:
 class Crowd:
     """A replica and its clients; one run at a time."""
 
-    def __init__(self, lanes: str, rows: int, seed: int):
-        settings = Settings(
-            lanes=lanes,
-            device="cpu",
-            max_num_seqs=rows,
-            max_num_batched_tokens=STEP_TOKENS,
-            max_model_len=CONTEXT,
-        )
-        self.replica = replica(settings)
-        self._clients = CLIENTS_A_ROW * rows * len(self.replica.lanes)
+    def __init__(self, served: Replica, rows: int, seed: int):
+        self.replica = served
+        self._clients = CLIENTS_A_ROW * rows * len(served.lanes)
         self._rng, self._number = random.Random(seed), 0
         self._calls: dict[str, Call] = {}
         self._ended: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()  # (when, how long it waited)
