@@ -1,6 +1,7 @@
 """The embedded model on lanes in processes of their own, through the command line: its tokens, and its losses.
 
-Costs about a minute on two cores, nearly all of it compiling; `-s` prints the times it took.
+Costs about a minute on two free cores, most of it compiling; with -m slow more: lanes of two rows, another loss.
+`-s` prints the times it took.
 """
 
 import os
@@ -8,8 +9,7 @@ import time
 
 import pytest
 
-from engine.llm import LLM
-from tests.faults.served import OPTIONS, Asked, Served
+from tests.faults.served import Asked, Served, alone
 
 LANES = "prefill:tp=1, decode:tp=2"
 PROMPTS = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 3, "for line in lines:\n    "]
@@ -17,9 +17,14 @@ KINDS = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
 ASKED = [(prompt, kind | {"max_tokens": 90, "ignore_eos": True}) for prompt in PROMPTS for kind in KINDS]
 
 
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def rows(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    served = Served(LANES, tmp_path_factory.mktemp("served") / "log")
+def served(rows, tmp_path_factory):
+    served = Served(LANES, rows, tmp_path_factory.mktemp("served") / "log")
     yield served
     workers = served.workers()
     assert served.close() == 0
@@ -27,10 +32,8 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wanted():
-    """What one lane on one device answers."""
-    llm = LLM("embedded", mesh="tp=1", **OPTIONS)
-    return [llm.generate(prompt, **options)[0].token_ids for prompt, options in ASKED]
+def wanted(rows, served):
+    return alone(rows, ASKED)
 
 
 def ask(served):
@@ -74,7 +77,7 @@ def test_prompts_outlive_the_worker_that_prefills_them(served, wanted):
     lose(served, "p0", answers, wanted)
 
 
-def test_a_drain_lets_streams_end_and_leaves_no_process(tmp_path, served, wanted):
+def test_a_drain_lets_streams_end_and_leaves_no_process(served, wanted):
     """Last: the server that the others share ends here."""
     answers = ask(served)
     served.wait(lambda: any(answer.tokens for answer in answers), 20.0)
