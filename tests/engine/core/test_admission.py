@@ -89,10 +89,10 @@ def test_time_without_a_queue_teaches_nothing():
 
 def test_what_ends_while_nobody_waits_says_nothing_of_the_speed():
     made = serving(10.0, 0)
-    before = made.ended.counts
+    before = made.ended.per_s
     for number in range(100, 100 + ROWS):
         made.leave(number)
-    assert made.ended.counts == before and not made.placed and not made.drawing
+    assert made.ended.per_s == before and not made.placed and not made.drawing
 
 
 def test_the_wait_is_what_stands_before_over_what_ends_a_second():
