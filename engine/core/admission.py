@@ -30,6 +30,8 @@ LEAST = 4  # counts from which a speed is known
 WINDOW = 4  # generations of rows that a speed is of
 LEAST_WINDOW = 64
 UNKNOWN_PLACED = 64  # most on a lane that has not reported its rows
+UNKNOWN_WAITING = 32  # most that wait for a row, or as many as there are rows, where no speed is known
+UNKNOWN_AHEAD = 128  # that may wait on a lane whose speed nobody knows yet
 HINT_S = 1.0  # when to try again, where no speed is known
 LEAST_HINT_S = 0.05
 
@@ -154,7 +156,7 @@ class Lane:
             return AT_ONCE if len(self.placed) + len(self.drawing) < UNKNOWN_PLACED else UNKNOWN
         ahead, computed, ended = self.excess + 1, self.computed.per_s, self.ended.per_s
         computing_s = self.tokens / computed if self.behind and computed else 0.0
-        if ahead <= 0 or (ended is None and ahead <= self.rows):
+        if ahead <= 0 or (ended is None and ahead <= max(self.rows, UNKNOWN_WAITING)):
             return Wait(computing_s, computing_s)
         if ended is None:
             return UNKNOWN
@@ -179,7 +181,7 @@ def admit(now: float, max_wait_s: float, deadline_at: float | None, wait: Wait) 
         name, bound_s = "deadline", max(deadline_at - now, 0.0)
     if wait.late_s <= bound_s or max_wait_s == math.inf:
         return
-    hint_s = max(wait.mean_s, LEAST_HINT_S)
+    hint_s = max(min(wait.mean_s, max_wait_s), LEAST_HINT_S)  # no queue stands for longer
     got = "an unknown wait" if wait.late_s == math.inf else f"a wait of {wait.late_s:.3g} s for the first token"
     expected = f"at most {bound_s:.3g} s; try again in {hint_s:.3g} s"
     raise ResourceExhausted(f"{name}: got {got}; expected {expected}", field=name, retry_after_s=hint_s)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.core import admission
-from engine.core.admission import UNKNOWN_PLACED, Lane, Rate, Wait, admit, least_wait
+from engine.core.admission import UNKNOWN_PLACED, UNKNOWN_WAITING, Lane, Rate, Wait, admit, least_wait
 from engine.core.events import Emission
 from engine.core.messages import Load, Over, Submit
 from engine.core.request import Request, Stopping
@@ -114,9 +114,9 @@ def test_prompt_tokens_that_no_step_can_take_are_waited_for():
     assert made.wait().mean_s == pytest.approx(4.0)
 
 
-def test_while_no_speed_is_known_as_many_may_wait_as_there_are_rows():
+def test_while_no_speed_is_known_a_bounded_number_may_wait():
     made = lane()
-    for number in range(2 * ROWS):
+    for number in range(ROWS + UNKNOWN_WAITING):
         assert made.wait().late_s == 0.0
         made.place(number, 1)
     assert made.wait() == admission.UNKNOWN and made.wait().late_s == math.inf
@@ -149,6 +149,8 @@ def test_a_refusal_names_the_limit_what_was_found_and_when_to_come_again():
         admit(100.0, 5.0, None, Wait(7.0, 4.0))
     assert (got.value.field, got.value.retry_after_s) == ("max_wait", 4.0)
     admit(100.0, 7.0, None, Wait(7.0, 4.0))
+    with pytest.raises(ResourceExhausted, match="try again in 5 s"):
+        admit(100.0, 5.0, None, Wait(70.0, 40.0))
 
 
 def test_a_deadline_sooner_than_the_first_token_is_refused():
@@ -213,8 +215,8 @@ class Front:
 def test_a_router_lets_in_what_is_served_in_time_and_hints_when_to_come_again():
     front = Front(5.0, "a")
     error = front.fill()
-    assert len(front.router.journeys) == 2 * ROWS and error.retry_after_s == 1.0, "no speed is known"
-    for _ in range(40):
+    assert len(front.router.journeys) == ROWS + UNKNOWN_WAITING and error.retry_after_s == 1.0, "no speed is known"
+    for _ in range(80):
         front.end(next(iter(front.router.journeys)))
         front.fill()
     error, waiting = front.fill(), len(front.router.journeys) - ROWS
