@@ -31,7 +31,7 @@ WINDOW = 4  # generations of rows that a speed is of
 LEAST_WINDOW = 64
 UNKNOWN_PLACED = 64  # most on a lane that has not reported its rows
 UNKNOWN_WAITING = 32  # most that wait for a row, or as many as there are rows, where no speed is known
-UNKNOWN_AHEAD = 128  # that may wait on a lane whose speed nobody knows yet
+UNKNOWN_PER_S = 4.0  # endings of a full lane, while its speed is not known
 HINT_S = 1.0  # when to try again, where no speed is known
 LEAST_HINT_S = 0.05
 
@@ -159,7 +159,8 @@ class Lane:
         if ahead <= 0 or (ended is None and ahead <= max(self.rows, UNKNOWN_WAITING)):
             return Wait(computing_s, computing_s)
         if ended is None:
-            return UNKNOWN
+            guessed_s = max(ahead / UNKNOWN_PER_S, computing_s)
+            return Wait(guessed_s, guessed_s)
         late = ahead + LATE * math.sqrt(ahead + ahead**2 / self.ended.counts)  # of what comes, and of the speed
         return Wait(max(late / ended, computing_s), max(ahead / ended, computing_s))
 
