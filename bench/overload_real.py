@@ -68,6 +68,7 @@ class Crowd:
         self._clients = CLIENTS_A_ROW * rows * len(served.lanes)
         self._rng, self._number = random.Random(seed), 0
         self._calls: dict[str, Call] = {}
+        self._let_in = self._begun = 0  # each counted by one thread at a time
         self._ended: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()  # (when, how long it waited)
         self.replica.start()
 
@@ -117,8 +118,7 @@ class Crowd:
         except ResourceExhausted as error:
             assert error.retry_after_s is not None
             seen.refusals.append((time.monotonic() - asked_at, error.retry_after_s))
-        waiting = sum(call.first_at is None for call in list(self._calls.values()))
-        seen.longest_queue = max(seen.longest_queue, waiting)
+        seen.longest_queue = max(seen.longest_queue, self._let_in - self._begun)
 
     def _ask(self) -> None:
         """One request. Raises ResourceExhausted."""
@@ -132,6 +132,7 @@ class Crowd:
         except ResourceExhausted:
             del self._calls[name]
             raise
+        self._let_in += 1
 
     def _heard(self, output: Output) -> None:
         """Something came for a request; on the thread of a lane."""
@@ -139,6 +140,7 @@ class Crowd:
         output.take()
         if call.first_at is None and output.count:
             call.first_at = now
+            self._begun += 1
         if output.done:
             del self._calls[output.request.request_id]
             whole = all(choice.finish is not None and choice.finish.reason == "length" for choice in output.choices)
