@@ -66,10 +66,13 @@ def chosen(header: Header, settings: Settings, config: ModelConfig) -> tuple[Cho
         max_num_batched_tokens=header.max_tokens,
         kv_memory=MUCH,
     )
-    spec, meshes, choice = choose(logged, config, np.dtype(np.float32))
+    _, meshes, choices = choose(logged, config, np.dtype(np.float32))
     if len(meshes) != 1:
-        raise ConfigError(wrong("mesh", str(spec), "one lane, such as tp=4: a log is that of one"), field="mesh")
-    return choice._replace(sizes=replace(choice.sizes, num_blocks=header.num_blocks)), meshes[0]
+        raise ConfigError(
+            wrong("mesh", settings.mesh, "one lane, such as tp=4, as a log is"), field="mesh"
+        )
+    sizes = replace(choices[0].sizes, num_blocks=header.num_blocks)
+    return choices[0]._replace(sizes=sizes), meshes[0]
 
 
 def check_same(logged: Header, here: Header) -> None:
