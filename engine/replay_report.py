@@ -68,9 +68,7 @@ def chosen(header: Header, settings: Settings, config: ModelConfig) -> tuple[Cho
     )
     _, meshes, choices = choose(logged, config, np.dtype(np.float32))
     if len(meshes) != 1:
-        raise ConfigError(
-            wrong("mesh", settings.mesh, "one lane, such as tp=4, as a log is"), field="mesh"
-        )
+        raise ConfigError(wrong("mesh", settings.mesh, "one lane, such as tp=4, as a log is"), field="mesh")
     sizes = replace(choices[0].sizes, num_blocks=header.num_blocks)
     return choices[0]._replace(sizes=sizes), meshes[0]
 
