@@ -51,7 +51,7 @@ def test_a_stream_that_is_left_frees_its_blocks(life):
             break
         stream.close()
         stream.close()
-        while life.replica.load()["open_requests"]:
+        while life.replica.load()["open_requests"] or not life.restored:
             await asyncio.sleep(0.01)
 
     run(life, main)
