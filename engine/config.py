@@ -163,6 +163,7 @@ class Settings:
     max_calls: int = row(4096, COUNT, "most calls open at once")
     max_wait: float = row(30.0, TIME, "a request that would wait longer for its first token is refused")
     stall: float = row(30.0, TIME, "a client that reads nothing for so long loses its stream")
+    log_level: str = row("info", one_of("info", "warning", "error"), "what is logged: info has a line a request")
     drain: float = row(30.0, TIME, "how long open requests may go on after SIGTERM")
 
 

@@ -37,7 +37,7 @@ Next:
 def command() -> list[str]:
     """The server of the demo."""
     mesh = MESH if gpu_problem() is not None else "auto"
-    flags = ("--mesh", mesh, "--port", "0", "--admin-port", "0", *FEW_PROGRAMS)
+    flags = ("--mesh", mesh, "--port", "0", "--admin-port", "0", "--log-level", "warning", *FEW_PROGRAMS)
     return [sys.executable, "-m", "engine.cli", "serve", "embedded", *flags]
 
 

@@ -45,7 +45,7 @@ def listen_of(settings: Settings) -> Listen:
 
 def serve(settings: Settings, build: Callable[[Settings, Progress], Replica], version: str, out: TextIO) -> int:
     """Serve what `build` makes until it is drained; the banner goes to `out`. Returns the exit code."""
-    logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json")
+    logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
     listen = listen_of(settings)
     listen.check()
     if settings.metrics_port is not None:  # scrapes bring no token, so a token guards nothing here

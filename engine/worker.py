@@ -30,7 +30,7 @@ LISTEN = "127.0.0.1:0"
 
 def run(settings: Settings, slot: str, role: Role, source: IO[str], out: IO[str]) -> int:
     """Serve until the input ends; returns the exit code."""
-    logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json")
+    logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(source, lines), daemon=True).start()
     with progress(sys.stderr) as bar:
