@@ -26,7 +26,7 @@ from sharding.overlap import overlaps
 VOCAB, KV_HEADS, BLOCK, CONTEXT, MOVES = 211, 2, 16, 160, (1, 8)
 STEPS = tuple(Bucket(*shape, full) for shape in ((8, 8, True), (64, 8, False)) for full in (False, True))
 PAIRS = [("prefill:4", "decode:2"), ("prefill:2", "decode:4"), ("prefill:1", "decode:8")]
-MORE = [(f"prefill:{a}", f"decode:{b}") for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)]
+MORE = [(f"prefill:{a}", f"decode:{b}") for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if a + b < 16]
 FOUR = ("prefill:2", "prefill:1", "decode:1", "decode:2")
 if os.environ.get("SERAC_PAIRS") == "all":
     PAIRS = [*MORE, FOUR]
@@ -39,8 +39,10 @@ class Pools:
     def __init__(self, make_runner, lanes):
         self.router = Router(BLOCK, CONTEXT, (), prefix.root("tiny"))
         self.lanes, self.tokens, self.logprobs, self.ended = {}, {}, {}, {}
-        runners = {f"{k}": make_runner(int(lane.split(":")[1]), choices=STEPS, move_sizes=MOVES)
-                   for k, lane in enumerate(lanes)}  # fmt: skip
+        sizes = [int(lane.split(":")[1]) for lane in lanes]
+        firsts = [tp * sizes[:k].count(tp) for k, tp in enumerate(sizes)]  # lanes of one size have devices apart
+        runners = {f"{k}": make_runner(tp, choices=STEPS, move_sizes=MOVES, first=first)
+                   for k, (tp, first) in enumerate(zip(sizes, firsts, strict=True))}  # fmt: skip
         carriers = self.carriers = {}
         for a, source in runners.items():
             for b, target in runners.items():
