@@ -9,6 +9,7 @@ command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts i
 import argparse
 import importlib.metadata
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,14 +51,16 @@ def start_anew(settings: config.Settings) -> None:
 def serve(options: argparse.Namespace) -> int:
     """Serve a model until it is drained."""
     settings = read_settings(options)
+    if not settings.workers:
+        start_anew(settings)
     if settings.download:
         fetch(settings.model)
+    from engine import launch
+
     if settings.workers:
-        from engine import front, launch
+        from engine import front
 
         return launch.serve(settings, front.replica, version(), sys.stdout)
-    start_anew(settings)
-    from engine import launch
     from engine.replica import build
 
     return launch.serve(settings, build.replica, version(), sys.stdout)
@@ -206,9 +209,7 @@ def replay(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Run a measurement of the suite; the same as `python -m bench`."""
-    from bench.__main__ import main as run_bench
-
-    return run_bench(options.arguments)
+    return subprocess.call([sys.executable, "-m", "bench", *options.arguments])
 
 
 def add_nothing(parser: Parser) -> None:

@@ -40,49 +40,66 @@ NOT_FOR_WORKERS = (
 )
 LISTEN = "127.0.0.1:0"
 JOIN_S = 30.0
+JOIN_POLL_S = 0.05
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 def replica(settings: Settings, progress: Progress) -> Replica:
-    """A replica whose lanes are processes. Raises ConfigError when a worker cannot be started."""
-    lanes = _lanes(settings)
-    known: dict[str, Replica] = {}  # empty until all workers are ready
-    secret = secrets.token_bytes(32)
+    """A replica whose lanes are processes. Raises ConfigError when a worker cannot be started, Unavailable."""
+    return Front(settings).start(progress)
 
-    def told(slot: str, words: dict) -> None:
-        if not known or (made := known[""]).remote is None:
+
+class Front:
+    """The workers of a replica and how they join it."""
+
+    def __init__(self, settings: Settings):
+        self._settings, self._lanes = settings, _lanes(settings)
+        self._secret = secrets.token_bytes(32)
+        self._replica: Replica | None = None  # until all workers are ready
+        self._supervisor = Supervisor(_commands(settings, self._lanes), self._told)
+
+    def start(self, progress: Progress) -> Replica:
+        """Start the workers and wait until each has joined."""
+        facts = self._supervisor.start(progress)
+        made = _replica(self._settings, self._lanes, facts)
+        made.serve_remote(self._secret, [LISTEN])
+        made.absent = self._absent
+        made.on_stop.append(self._supervisor.stop)
+        self._replica = made
+        for slot in self._supervisor.workers:
+            self._join(slot, made)
+        until = time.monotonic() + JOIN_S
+        while (joined := len(made.router.lanes)) < len(self._lanes):
+            progress("lanes joining", joined, len(self._lanes))
+            if time.monotonic() > until:
+                made.stop()
+                raise Unavailable(f"workers: {joined} of {len(self._lanes)} lanes joined within {JOIN_S:.0f} s")
+            time.sleep(JOIN_POLL_S)
+        return made
+
+    def _told(self, slot: str, words: dict) -> None:
+        """What a worker says, or that it has ended; on a thread of the worker's."""
+        if (made := self._replica) is None or made.remote is None:
             return
         if words["event"] == "exit" and words.get("name"):
             made.remote.lost(words["name"])
         elif words["event"] == "ready":
-            supervisor.workers[slot].say(join(made, secret))
+            self._join(slot, made)
 
-    supervisor = Supervisor(_commands(settings, lanes), told)
-    facts = supervisor.start(progress)
-    made = _replica(settings, lanes, facts)
-    made.serve_remote(secret, [LISTEN])
-    made.absent = lambda present: _absent(lanes, supervisor, present)
-    known[""] = made
-    for worker in supervisor.workers.values():
-        worker.say(join(made, secret))
-    made.on_stop.append(supervisor.stop)
-    until = time.monotonic() + JOIN_S
-    while len(made.router.lanes) < len(lanes):
-        progress("lanes joining", len(made.router.lanes), len(lanes))
-        if time.monotonic() > until:
-            made.stop()
-            raise Unavailable(
-                f"workers: {len(made.router.lanes)} of {len(lanes)} lanes joined within {JOIN_S:.0f} s"
-            )
-        time.sleep(0.05)
-    return made
+    def _join(self, slot: str, made: Replica) -> None:
+        """Tell a worker where the front listens and what proves that it may come."""
+        assert made.remote is not None
+        words = {"front": made.remote.links.addresses[0], "secret": self._secret.hex()}
+        self._supervisor.workers[slot].say(words)
 
-
-def join(made: Replica, secret: bytes) -> dict[str, str]:
-    """What a worker must know to join."""
-    assert made.remote is not None
-    return {"front": made.remote.links.addresses[0], "secret": secret.hex()}
+    def _absent(self, present: list[str]) -> list[LaneLoad]:
+        """The lanes whose process is not there now."""
+        there = {name.split(".")[0] for name in present}
+        workers = self._supervisor.workers
+        states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in workers.items()}
+        missing = [lane for lane in self._lanes if lane.name not in there]
+        return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in missing]
 
 
 def _lanes(settings: Settings) -> tuple[LaneSpec, ...]:
@@ -94,13 +111,6 @@ def _lanes(settings: Settings) -> tuple[LaneSpec, ...]:
     if settings.plan_log is not None:
         raise ConfigError("plan_log: got a folder, with --workers; expected it without", field="plan_log")
     return parse_lanes(settings.lanes)
-
-
-def _absent(lanes: tuple[LaneSpec, ...], supervisor: Supervisor, present: list[str]) -> list[LaneLoad]:
-    """The lanes whose process is not there now."""
-    there = {name.split(".")[0] for name in present}
-    states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in supervisor.workers.items()}
-    return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in lanes if lane.name not in there]
 
 
 def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str, dict]) -> Replica:

@@ -118,7 +118,8 @@ class Agent:
                 self.scheduler.cancel(sequence, message.reason)
         for number, expected in self._expected.items():  # those that have not begun
             parts = tuple(part for part in expected.submit.parts if part.serial not in message.serials)
-            self._expected[number] = expected._replace(submit=expected.submit._replace(parts=parts))
+            if len(parts) < len(expected.submit.parts):
+                self._expected[number] = expected._replace(submit=expected.submit._replace(parts=parts))
             if not parts or number == message.handoff:
                 target = self.targets[number]
                 self._send(target.source, target.cancel(now, message.reason))
@@ -209,14 +210,15 @@ class Agent:
     def _reserve(self, now: float, target: Target) -> bool:
         """Hold blocks for `target` and ask for what is missing; False while there is no room."""
         submit = self._expected[target.handoff].submit
+        count = -(-_known(submit) // self.scheduler.shape.block_size)
+        if not arrivals.room(self.scheduler, count):
+            return False
         tokens = submit.request.prompt_ids + submit.parts[0].emitted
         prefix = arrivals.chain(self.scheduler, submit.request, tokens)
-        count = -(-len(tokens) // self.scheduler.shape.block_size)
-        room = arrivals.room(self.scheduler, count)
-        made = self.scheduler.reserved.reserve(target.handoff, prefix, count) if room else None
-        if made is not None:
-            self._send(target.source, target.reserved(now, made[1]))
-        return made is not None
+        made = self.scheduler.reserved.reserve(target.handoff, prefix, count)
+        assert made is not None, "there is room for all of it, shared or not"
+        self._send(target.source, target.reserved(now, made[1]))
+        return True
 
     def _settle(self, target: Target) -> None:
         """Start the choices of a handoff that has everything; forget one that is over."""
@@ -260,8 +262,8 @@ class Agent:
             match event:
                 case events.Emission():
                     self._tell(event)
-                case events.Started(sequence=sequence, at=at):
-                    self._tell(Started(sequence.serial, sequence.cached, at))
+                case events.Started(sequence=sequence):
+                    self._tell(Started(sequence.serial, sequence.cached))
                 case events.Computed(sequence=sequence, positions=positions):
                     self._computed(sequence, positions)
                 case events.Scored(sequence=sequence):

@@ -10,10 +10,9 @@ from engine.errors import SeracError
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A sequence took part in steps for the first time: `at` in seconds of the scheduler's clock."""
+    """A sequence took part in steps for the first time."""
 
     sequence: Sequence
-    at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,11 +74,10 @@ class Meet(NamedTuple):
 
 
 class Started(NamedTuple):
-    """A choice, or a handoff's prompt, took part in steps for the first time. `at` on the lane's clock."""
+    """A choice, or a handoff's prompt, took part in steps. cached: tokens of it found by prefix."""
 
     serial: int
     cached: int
-    at: float
 
 
 @dataclass(frozen=True, slots=True)

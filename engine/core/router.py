@@ -5,9 +5,9 @@
     lane lost | handoff failed -> the choices that still run go on elsewhere, from the tokens they have drawn
     Over | cancel | deadline | finish -> one terminal event a choice
 
-A Leg is one attempt to serve choices of a request together; each attempt has serials of its own, so whatever an
-earlier one still says is unknown here. All choices start in one leg, to share the prompt; after a loss each goes on
-in a leg of its own. Tokens are taken only at the position that comes next.
+All choices of a request start in one leg (engine/core/journeys.py), to share the prompt; after a loss each goes on
+in a leg of its own. Each attempt has serials of its own, so whatever an earlier one still says is unknown here.
+Tokens are taken only at the position that comes next.
 
 Placement is by predicted seconds: what is queued on the lanes, the prompt without what each has cached, and the
 move. A prompt that is short or cached where it will decode skips the prefill lane; so does one whose tokens are to
@@ -19,14 +19,13 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from engine.core import messages, prefix
 from engine.core.admission import Lane, admit, least_wait
 from engine.core.events import Emission
+from engine.core.journeys import Drawn, Ended, Event, Journey, Leg, Scored, Started, Track
 from engine.core.messages import Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Submit
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.roles import Role
@@ -37,73 +36,6 @@ MOVE_S = 5e-3  # a handoff, beside its prompt
 SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
 MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts as the cause
 REMEMBERED = 1 << 16  # blocks whose lane is remembered
-
-
-@dataclass(eq=False, slots=True)
-class Track:
-    """One choice of a request: what it has drawn. `serial` is that of its present attempt, 0 when it is over."""
-
-    journey: "Journey"
-    choice: int
-    tokens: list[int] = field(default_factory=list)
-    serial: int = 0
-    scored: int = 0  # prompt tokens whose log-probability was reported, the first, which has none, left out
-    losses: int = 0
-    over: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Journey:
-    """A request from its admission to its last terminal."""
-
-    request: Request
-    seed: int
-    tracks: list[Track] = field(default_factory=list)
-    held: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Leg:
-    """One attempt to serve `tracks` together on `target`, their prompt computed on `source` if that is another."""
-
-    tracks: list[Track]
-    target: str
-    source: str = ""
-    handoff: int = 0  # nonzero until its KV has arrived
-    chain: list[bytes] = field(default_factory=list)  # of the prompt whose KV is on its way
-
-    @property
-    def serials(self) -> tuple[int, ...]:
-        return tuple(track.serial for track in self.tracks if not track.over)
-
-
-class Started(NamedTuple):
-    track: Track
-    cached: int
-
-
-class Drawn(NamedTuple):
-    """Tokens that came next: entries (k, track) of an emission."""
-
-    emission: Emission
-    entries: list[tuple[int, Track]]
-
-
-class Scored(NamedTuple):
-    track: Track
-    scores: messages.Scored
-
-
-class Ended(NamedTuple):
-    """The one terminal of a choice."""
-
-    track: Track
-    reason: str
-    stop: int | None = None
-    error: SeracError | None = None
-
-
-Event = Started | Drawn | Scored | Ended
 
 
 class Router:
@@ -121,7 +53,8 @@ class Router:
         self._legs: dict[int, Leg] = {}  # by serial and by handoff
         self._tracks: dict[int, Track] = {}  # by serial
         self._serial, self._now = 0, 0.0
-        self._deadlines: list[tuple[float, int, Journey]] = []
+        self._deadlines: list[tuple[float, int]] = []  # with the number of a journey
+        self._due: dict[int, Journey] = {}  # open journeys with a deadline, by number
         self._where: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # blocks that a lane has computed
         self._parked: list[list[Track]] = []  # no lane is there
 
@@ -140,7 +73,9 @@ class Router:
         journey.tracks = [Track(journey, choice) for choice in range(request.sampling.n)]
         self.journeys[journey] = None
         if request.deadline_at is not None:
-            heapq.heappush(self._deadlines, (request.deadline_at, self._number(), journey))
+            journey.number = self._number()
+            self._due[journey.number] = journey
+            heapq.heappush(self._deadlines, (request.deadline_at, journey.number))
         self._place(journey.tracks)
         return journey
 
@@ -221,8 +156,8 @@ class Router:
         """End what is past its deadline, wherever it is."""
         self._run(now)
         while self._deadlines and self._deadlines[0][0] <= now:
-            journey = heapq.heappop(self._deadlines)[2]
-            self.cancel(journey, "deadline", DeadlineExceeded("deadline: passed before the request was done"))
+            if (journey := self._due.get(heapq.heappop(self._deadlines)[1])) is not None:
+                self.cancel(journey, "deadline", DeadlineExceeded("deadline: passed before the request was done"))
 
     def _run(self, now: float) -> None:
         for lane in self.lanes.values():
@@ -415,6 +350,7 @@ class Router:
             self._left(leg.target, track.serial)
         if all(other.over for other in track.journey.tracks):
             self.journeys.pop(track.journey, None)
+            self._due.pop(track.journey.number, None)
 
     def _left(self, name: str, number: int) -> None:
         """A choice or a handoff is over on a lane."""

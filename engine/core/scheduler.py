@@ -112,7 +112,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []
         self._loads: dict[int, Load] = {}  # by row, of those taken since the last plan
         self._serial = self._step = 0
-        self._now = 0.0
         self._draining = False
 
     # -- what the outside asks ------------------------------------------------------------------------------------
@@ -174,7 +173,6 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is none to make before the next collect. `now` in seconds."""
-        self._now = now
         self._expire(now)
         if (self._draining or self.suspects) and self.flights:
             return None
@@ -245,12 +243,12 @@ class Scheduler:
                 self.pool.drop(blocks)
             return False
         self.waiting.remove(sequence)
-        if sequence.seated_at is None:
-            sequence.seated_at = self._now
+        if not sequence.admitted:
+            sequence.admitted = True
             sequence.cached = 0 if sequence.blocks else min(computed, sequence.prompt_length)
             self.prompt_tokens += sequence.prompt_length
             self.cached_tokens += sequence.cached
-            self.events.append(Started(sequence, self._now))
+            self.events.append(Started(sequence))
         sequence.blocks, sequence.computed = [], 0
         self.say_computed(sequence, computed)
         if sequence.rests and computed == length:

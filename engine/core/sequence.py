@@ -60,7 +60,7 @@ class Sequence:
     computed: int = 0  # positions whose KV is in `blocks`
     rests: bool = False  # it only prefills, all but its last token
     cached: int = 0  # prompt tokens found by prefix when first admitted
-    seated_at: float | None = None  # when it first took a row, in seconds of the scheduler's clock
+    admitted: bool = False  # it took part in steps
     scored: int = 0  # prompt tokens whose log-probability was reported
     host_bound: bool = False  # what it draws next depends on its last token seen by the host
     held: bool = False  # its client does not read

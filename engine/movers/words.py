@@ -201,7 +201,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
     20: (messages.Hold, group(messages.Hold, wholes("ss"), switch("hd"))),
     21: (messages.Fence, group(messages.Fence, text("ln", NAME))),
     22: (messages.Meet, group(messages.Meet, text("ln", NAME), text("ad", WORDS))),
-    32: (messages.Started, group(messages.Started, SERIAL, whole("ca"), moment("at"))),
+    32: (messages.Started, group(messages.Started, SERIAL, whole("ca"))),
     33: (Emission, group(Emission, array("ss", WIDE), array("to", INT), array("po", WIDE), *FULL, holds=_alike)),
     34: (messages.Scored, group(messages.Scored, SERIAL, whole("fi"), *LINE, holds=_alike)),
     35: (messages.Over, group(messages.Over, SERIAL, text("re", WORDS), whole("to", none=True), _error())),

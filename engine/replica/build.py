@@ -20,7 +20,6 @@ from engine.clock import Clock, SystemClock
 from engine.config import Settings
 from engine.core import prefix
 from engine.core.agent import Agent
-from engine.core.handoff import Parts
 from engine.core.request import Limits
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.errors import ConfigError, wrong
@@ -132,11 +131,7 @@ def _courier(
         carrier = carriers[lanes[a].name, lanes[b].name] = Carrier(source.model.mesh, target.model.mesh, plan)
         carrier.warm_up([source.gather([1] * size) for size in source.moves.sizes])
     verify = runners[0].model.mesh.devices.flat[0].platform == "cpu"
-
-    def deliver(receiver: str, sender: str, part: Parts) -> None:
-        next(lane for lane in made.lanes if lane.name == receiver).hear(sender, part)
-
-    courier = LocalCourier(carriers, deliver, verify)
+    courier = LocalCourier(carriers, made.pass_on, verify)
     made.on_stop.append(courier.stop)
     return courier
 

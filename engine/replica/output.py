@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from engine.core import messages
 from engine.core.events import Emission
+from engine.core.journeys import Drawn, Event, Journey, Scored, Started, Track
 from engine.core.request import Request
-from engine.core.router import Drawn, Event, Journey, Scored, Started, Track
 from engine.errors import SeracError
 from engine.replica.delta import Delta, Finish, TokenLogprob, Usage
 from engine.text.stops import StopMatcher

@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from engine.clock import Clock
+from engine.core import handoff
 from engine.core.handoff import State
+from engine.core.journeys import Event, Journey
 from engine.core.messages import FRONT, ToFront
 from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.roles import Role
-from engine.core.router import Event, Journey, Router
+from engine.core.router import Router
 from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
 from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
@@ -77,10 +79,9 @@ class Replica:
         max_wait_s: float = math.inf,
     ):
         self.info, self.text, self.limits, self.clock, self.metrics = info, text, limits, clock, metrics
-        self.lanes: list[Lane] = []
         self.router = Router(limits.block_size, limits.context, limits.eos_ids, root)
         self.router.max_wait_s = max_wait_s
-        self._switches: dict[str, Lane] = {}
+        self._here: dict[str, Lane] = {}  # lanes of this process, by name
         self._desk = Desk()
         self._seeds, self._max_open = seeds, max_open
         self._open: dict[str, Entry] = {}
@@ -101,11 +102,20 @@ class Replica:
 
     def add_lane(self, lane: Lane, role: Role = "both") -> None:
         """Serve with `lane`, which is on this machine and turns in this process."""
-        self.lanes.append(lane)
-        self._switches[lane.name] = lane
+        self._here[lane.name] = lane
         lane.connect(self._hear)
         with self._lock:
             self.router.lane_up(lane.name, role)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Those that turn in this process."""
+        return list(self._here.values())
+
+    def pass_on(self, receiver: str, sender: str, message: handoff.Message) -> None:
+        """What a lane of this process says to another; nobody hears what is said to a lane that is not here."""
+        if (lane := self._here.get(receiver)) is not None:
+            lane.hear(sender, message)
 
     def serve_remote(self, secret: bytes, listen: list[str]) -> None:
         """Serve with the lanes of other processes, which know `secret` and come to one of these addresses."""
@@ -217,8 +227,8 @@ class Replica:
         for peer, message in said:
             if peer == FRONT:
                 to_front.append(message)
-            elif (lane := self._switches.get(peer)) is not None:
-                lane.hear(sender, message)
+            else:
+                self.pass_on(peer, sender, message)  # type: ignore[arg-type]  # only the front hears the others
         if to_front:
             self.dispatch(lambda: self._take(sender, to_front))
 
@@ -234,7 +244,7 @@ class Replica:
         while self.router.outbox or self.router.events:
             outbox, self.router.outbox = self.router.outbox, []
             for name, message in outbox:
-                if (lane := self._switches.get(name)) is not None:
+                if (lane := self._here.get(name)) is not None:
                     lane.hear(FRONT, message)
                 elif self.remote is not None:
                     self.router.outbox.append((name, message))

@@ -13,10 +13,10 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.core.journeys import Drawn, Ended, Journey
 from engine.core.plan import StepPlan
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.roles import Role
-from engine.core.router import Drawn, Ended, Journey
 from engine.errors import ResourceExhausted
 from engine.sim.traffic import VOCAB
 from engine.sim.world import Process, World

@@ -8,8 +8,8 @@ has one terminal, a whole answer is the lone one, a cut one is a beginning of it
 import random
 from dataclasses import dataclass, field, replace
 
+from engine.core.journeys import Drawn, Ended, Event, Journey, Scored, Track
 from engine.core.request import Request, Sampling, Stopping
-from engine.core.router import Drawn, Ended, Event, Journey, Scored, Track
 from engine.core.sequence import Part, sequences
 from engine.errors import DeviceError
 from engine.sim.faults import Faults

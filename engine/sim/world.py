@@ -19,11 +19,12 @@ from engine.core import handoff, prefix
 from engine.core.agent import Agent, Gather
 from engine.core.events import Emission
 from engine.core.handoff import Parts
+from engine.core.journeys import Track
 from engine.core.membership import Member, Members
 from engine.core.messages import FRONT, Cancel
 from engine.core.plan import StepPlan
 from engine.core.roles import Role
-from engine.core.router import Router, Track
+from engine.core.router import Router
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.sim.faults import Faults, draw
 from engine.sim.runner import ModelledRunner

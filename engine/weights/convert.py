@@ -1,6 +1,6 @@
 """`serac convert`: from a Hugging Face folder to an Orbax checkpoint with a manifest of digests.
 
-    OUT.incomplete-XXXX/  checkpoint, small files, comparison with the source, seal, fsync  --rename--> OUT/
+    OUT.incomplete-NNNN/  checkpoint, small files, comparison with the source, seal, fsync  --rename--> OUT/
 
 Tensors keep their Hugging Face names, shapes and dtypes, so that they restore onto any mesh and Orbax itself can
 read them. What is written is compared with the source bit by bit; a rename makes all of it visible at once.

@@ -54,6 +54,7 @@ def lose(served, slot, answers, wanted):
     assert served.lane(slot).name not in (slot, name) and served.lane(slot).state == "ready"
     times = {"noticed": noticed, "resumed": min(after), "answered": max(after), "freed": freed, "back": back}
     print(f"\n{slot} killed:", ", ".join(f"{what} after {at - killed:.2f} s" for what, at in times.items()))
+    return noticed - killed
 
 
 def test_prompts_of_a_prefill_lane_are_decoded_as_one_device_decodes_them(served, wanted):
@@ -66,7 +67,7 @@ def test_prompts_of_a_prefill_lane_are_decoded_as_one_device_decodes_them(served
 def test_streams_outlive_the_worker_that_decodes_them(served, wanted):
     answers = ask(served)
     served.wait(lambda: any(len(answer.tokens) > 5 for answer in answers), 20.0)
-    lose(served, "d1", answers, wanted)
+    assert lose(served, "d1", answers, wanted) < 3.0
 
 
 @pytest.mark.slow
@@ -74,7 +75,7 @@ def test_prompts_outlive_the_worker_that_prefills_them(served, wanted):
     """Costs a quarter of a minute more, for the worker to come back."""
     answers = ask(served)
     served.wait(lambda: served.client.load()["open_requests"] > 1, 20.0)
-    lose(served, "p0", answers, wanted)
+    assert lose(served, "p0", answers, wanted) < 3.0
 
 
 def test_a_drain_lets_streams_end_and_leaves_no_process(served, wanted):

@@ -5,9 +5,10 @@ import pytest
 
 from engine.core import messages, router
 from engine.core.events import Emission
+from engine.core.journeys import Drawn, Ended, Scored, Started
 from engine.core.messages import Cancel, Committed, Expect, Failed, Fence, Hold, Load, Over, Prefill, Submit
 from engine.core.request import Request, Sampling, Stopping
-from engine.core.router import MOST_LOSSES, Drawn, Ended, Router, Scored, Started
+from engine.core.router import MOST_LOSSES, Router
 from engine.errors import DeadlineExceeded, DeviceError, Unavailable
 
 BLOCK, CONTEXT, EOS = 4, 256, 7
@@ -201,9 +202,9 @@ def test_what_an_attempt_that_was_given_up_still_says_is_not_taken():
 def test_a_choice_starts_once_though_two_lanes_say_so():
     front = pools()
     journey, expect, prefill = front.hand_off()
-    front.router.receive("p", messages.Started(prefill.handoff, 8, 1.0))
-    front.router.receive("d", messages.Started(journey.tracks[0].serial, 0, 2.0))
-    front.router.receive("d", messages.Started(99, 0, 2.0))
+    front.router.receive("p", messages.Started(prefill.handoff, 8))
+    front.router.receive("d", messages.Started(journey.tracks[0].serial, 0))
+    front.router.receive("d", messages.Started(99, 0))
     assert front.told(Started) == [Started(journey.tracks[0], 8)]
 
 

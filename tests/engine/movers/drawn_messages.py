@@ -139,7 +139,7 @@ class Drawn:
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
             messages.Fence: lambda: messages.Fence(self.words()),
             messages.Meet: lambda: messages.Meet(self.words(), "127.0.0.1:1"),
-            messages.Started: lambda: messages.Started(n(), n(), self.moment()),
+            messages.Started: lambda: messages.Started(n(), n()),
             Emission: self.emission,
             messages.Scored: lambda: messages.Scored(n(), n(), *self.columns(rng.randrange(5))),
             messages.Over: lambda: messages.Over(n(), self.words(), self.maybe(n()), self.error()),

@@ -37,8 +37,8 @@ def test_deadlines_travel_as_the_seconds_that_are_left():
     for deadline, there in ((105.5, 7.5), (95.0, -3.0)):
         kind, data = to_bytes(messages.Prefill(1, "d", _due(request, deadline)), 100.0)
         assert from_bytes(kind, data, 2.0).request.deadline_at == there
-    carried = Packet(1, 2, 3, messages.Started(1, 2, 99.0))
-    assert from_bytes(*to_bytes(carried, 100.0), 2.0).message.at == 1.0
+    carried = Packet(1, 2, 3, messages.Prefill(1, "d", _due(request, 99.0)))
+    assert from_bytes(*to_bytes(carried, 100.0), 2.0).message.request.deadline_at == 1.0
 
 
 def _due(request, deadline_at):
@@ -152,12 +152,10 @@ def test_a_kind_that_nobody_knows_and_one_that_no_packet_carries_are_refused():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_refused(value):
-    number, data = to_bytes(messages.Started(1, 2, 3.0), 0.0)
-    with pytest.raises(Malformed):
-        from_bytes(number, msgpack.packb({**msgpack.unpackb(data), "at": value}), 0.0)
     number, data = to_bytes(Drawn(1).submit(), 0.0)
-    with pytest.raises(Malformed):
-        from_bytes(number, msgpack.packb({**msgpack.unpackb(data), "te": value}), 0.0)
+    for key in ("te", "dl"):
+        with pytest.raises(Malformed):
+            from_bytes(number, msgpack.packb({**msgpack.unpackb(data), key: value}), 0.0)
 
 
 def test_arrays_of_unlike_lengths_are_refused():

@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry
 from engine.clock import SystemClock
 from engine.core import prefix
 from engine.core.agent import Agent
+from engine.core.journeys import Drawn, Ended
 from engine.core.request import Request, Sampling, Stopping
-from engine.core.router import Drawn, Ended, Router
+from engine.core.router import Router
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.movers.courier import LocalCourier
 from engine.movers.local import Carrier
