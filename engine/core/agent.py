@@ -175,6 +175,8 @@ class Agent:
         """Move the handoffs on, then the next step; run `work` before it is launched."""
         self._tick(now)
         plan = self.scheduler.plan(now)
+        if plan is None and not self.scheduler.flights:
+            self._make_room()
         self.steps += plan is not None
         self._take_events()
         return plan
@@ -206,6 +208,22 @@ class Agent:
         for source in list(self.sources.values()):
             source.tick(now)
             self._pump(source)
+
+    def _make_room(self) -> None:
+        """Nothing moves: if that is for want of blocks, give up the newest prompt that nobody has asked for yet.
+
+        Two lanes that hand prompts to each other would else each fill their pool with what the other cannot take.
+        """
+        hungry, pool = self.scheduler.waiting.hungry, self.scheduler.pool
+        size = self.scheduler.shape.block_size
+        starves = hungry is not None and -(-len(hungry.tokens) // size) > pool.available
+        if not starves and not any(target.state is State.OFFERED for target in self.targets.values()):
+            return
+        for number in reversed(self.sources):
+            sequence = self._prompts[number]
+            if self.sources[number].state is State.OFFERED and sequence.blocks:
+                self.scheduler.give_up(sequence)
+                return
 
     def _reserve(self, now: float, target: Target) -> bool:
         """Hold blocks for `target` and ask for what is missing; False while there is no room."""

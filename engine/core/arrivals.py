@@ -31,9 +31,11 @@ def chain(scheduler: Scheduler, request: Request, tokens: PySequence[int]) -> li
 
 
 def room(scheduler: Scheduler, count: int) -> bool:
-    """Whether `count` blocks can be reserved without taking them from whoever waits for blocks first."""
+    """Whether `count` blocks can be reserved without taking them from whoever waits for blocks to decode here."""
     hungry = scheduler.waiting.hungry
-    wanted = 0 if hungry is None else -(-len(hungry.tokens) // scheduler.shape.block_size)
+    wanted = 0
+    if hungry is not None and not hungry.rests:
+        wanted = -(-len(hungry.tokens) // scheduler.shape.block_size)
     return not scheduler.suspects and count + wanted <= scheduler.pool.available
 
 

@@ -355,6 +355,13 @@ class Scheduler:
         self.waiting.insert(sequence)
         self.say_computed(sequence, 0)
 
+    def give_up(self, sequence: Sequence) -> None:
+        """Take a resting prompt's blocks for others: it waits behind all, and finds those that are still cached."""
+        self.pool.drop(sequence.blocks)
+        sequence.blocks, sequence.state = [], State.WAITING
+        self.waiting.append(sequence)
+        self.say_computed(sequence, 0)
+
     def rest(self, sequence: Sequence, blocks: list[int]) -> None:
         """The prompt of one that only prefills is in `blocks`: it keeps them, and is no suspect any more."""
         sequence.blocks, sequence.state = blocks, State.RESTING

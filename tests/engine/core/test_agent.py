@@ -313,3 +313,24 @@ def test_handoffs_get_blocks_in_the_order_they_came():
     assert states == [State.RESERVED, State.OFFERED, State.OFFERED]
     pair.run()
     assert len(pair.told(Over)) == 3 and pair.restored and pair.now < handoff.STALLED_S / 4
+
+
+def test_lanes_that_fill_each_other_give_up_what_nobody_asked_for():
+    """Each pool holds two rested prompts, for a lane that has no room for them."""
+    pair = Pair(num_blocks=17)
+    lanes = ("p", "d")
+    requests = {}
+    for k in range(4):
+        source, target = lanes[k % 2], lanes[1 - k % 2]
+        requests[k] = Request(f"r{k}", tuple(ids(30, k)), Sampling(seed=1), Stopping(max_tokens=3))
+        pair.say(source, Prefill(100 + k, target, requests[k]))
+    for _ in range(20):
+        pair.turn()
+    rested = [sum(len(s.blocks) for s in place.agent.scheduler.live.values()) for place in pair.places.values()]
+    assert rested == [16, 16], "both pools are full of prompts that wait to be asked for"
+    for k, request in requests.items():
+        source, target = lanes[k % 2], lanes[1 - k % 2]
+        pair.say(target, Expect(100 + k, source, Submit(request, 1, (Part(k + 1),))))
+    pair.run()
+    assert pair.now < 20.0 and pair.restored, "long before anything stalls"
+    assert all(pair.tokens[k + 1] == expected(request, 1, 3) for k, request in requests.items())
