@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from typing import NamedTuple
 
 from engine.core import arrivals, events, handoff
-from engine.core.handoff import OVER, Fetch, Parts, Source, State, Stop, Stopped, Target
+from engine.core.handoff import OVER, Fetch, Offer, Parts, Source, State, Stop, Stopped, Target
 from engine.core.messages import (
     FRONT,
     Cancel,
@@ -35,9 +35,10 @@ from engine.core.messages import (
 from engine.core.plan import StepPlan, StepResult
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
+from engine.core.sequence import State as Waits
 
 PART_BLOCKS = 16  # most blocks in one part, unless the lane says otherwise
-EARLY = 256  # fetches that came before their prompt did, kept for it
+EARLY = 256  # offers that came before the front's word of them, kept for it
 REMEMBERED = 1024  # handoffs that are over, kept to answer late questions
 
 
@@ -69,20 +70,22 @@ class Agent:
         self.moved_blocks = self.steps = 0
         self._expected: dict[int, Expect] = {}
         self._prompts: dict[int, Sequence] = {}  # what `sources` read from
-        self._early: OrderedDict[int, tuple[str, Fetch]] = OrderedDict()
+        self._early: OrderedDict[int, str] = OrderedDict()  # offers: who made them
         self._over: OrderedDict[int, str] = OrderedDict()  # sources that are over, with the reason
+        self._now = 0.0
 
     # -- what others say ------------------------------------------------------------------------------------------
 
     def receive(self, now: float, sender: str, message: ToLane | handoff.Message) -> None:
         """Take in a message from the front or from lane `sender`."""
+        self._now = now
         match message:
             case Submit():
                 self.scheduler.submit(*message)
             case Expect():
                 self._expect(now, message)
             case Prefill():
-                self._prefill(now, message)
+                self._prefill(message)
             case Cancel():
                 self._cancel(now, message)
             case Hold():
@@ -91,7 +94,7 @@ class Agent:
                 self._fence(lane)
             case Meet():
                 pass  # for whoever runs the links
-            case Fetch() | handoff.Done() | Stop():
+            case handoff.Later() | Fetch() | handoff.Done() | Stop():
                 self._to_source(now, sender, message)
             case _:
                 self._to_target(now, sender, message)
@@ -100,17 +103,15 @@ class Agent:
         tokens = _known(message.submit)
         total = -(-(tokens - 1) // self.scheduler.shape.block_size)
         self._expected[message.handoff] = message
-        self.targets[message.handoff] = Target(message.handoff, message.source, total, moved_at=now)
+        target = Target(message.handoff, message.source, total, ticket=message.ticket, moved_at=now)
+        target.offered = self._early.pop(message.handoff, None) == message.source
+        self.targets[message.handoff] = target
 
-    def _prefill(self, now: float, message: Prefill) -> None:
+    def _prefill(self, message: Prefill) -> None:
         number = message.handoff
-        if number in self._over:  # the target's last word overtook the front's first
-            return
         total = -(-(len(message.request.prompt_ids) - 1) // self.scheduler.shape.block_size)
         self._prompts[number] = arrivals.prefill(self.scheduler, message.request, number)
-        self.sources[number] = Source(number, message.target, total, heard_at=now)
-        if (early := self._early.pop(number, None)) is not None:
-            self._to_source(now, *early)
+        self.sources[number] = Source(number, message.target, total, ticket=message.ticket)
 
     def _cancel(self, now: float, message: Cancel) -> None:
         for serial in message.serials:
@@ -144,25 +145,23 @@ class Agent:
         if (source := self.sources.get(number)) is not None and source.target == sender:
             self._send(sender, source.receive(now, message))
         elif isinstance(message, Fetch):
-            if number in self._over:
-                self._send(sender, [handoff.Gone(number, self._over[number])])
-            else:  # it overtook the front's word
-                self._early[number] = (sender, message)
-                while len(self._early) > EARLY:
-                    self._early.popitem(last=False)
-        else:
-            known = number in self._over
-            self._early.pop(number, None)
-            self._forget(number, "the target needs nothing")
-            stopped = Stopped(number, "complete" if known else "unknown")
+            self._send(sender, [handoff.Gone(number, self._over.get(number, "it is over"))])
+        elif not isinstance(message, handoff.Later):
+            stopped = Stopped(number, "complete" if number in self._over else "unknown")
             self._send(sender, [stopped if isinstance(message, Stop) else handoff.Released(number)])
 
     def _to_target(self, now: float, sender: str, message: handoff.Message) -> None:
         target = self.targets.get(message.handoff)
+        if target is None and isinstance(message, Offer):
+            self._early[message.handoff] = sender
+            while len(self._early) > EARLY:
+                self._early.popitem(last=False)
         if target is None or target.source != sender:
             return
         before = target.have
         write, answers = target.receive(now, message)
+        if target.state is State.OFFERED:  # what it was to be filled from is gone
+            self.scheduler.reserved.drop(target.handoff)
         if write and isinstance(message, Parts):
             blocks = self.scheduler.reserved.held(target.handoff)[before : target.have]
             self.work.append(Scatter(blocks, message.staged))
@@ -173,10 +172,9 @@ class Agent:
 
     def plan(self, now: float) -> StepPlan | None:
         """Move the handoffs on, then the next step; run `work` before it is launched."""
+        self._now = now
         self._tick(now)
         plan = self.scheduler.plan(now)
-        if plan is None and not self.scheduler.flights:
-            self._make_room()
         self.steps += plan is not None
         self._take_events()
         return plan
@@ -197,40 +195,46 @@ class Agent:
         self._take_events()
 
     def _tick(self, now: float) -> None:
-        room = True  # whoever came first is first: else two lanes may wait for each other's blocks
+        scheduler, scheduler.ahead = self.scheduler, None
         for target in list(self.targets.values()):
-            if target.state is State.OFFERED:
-                room = room and self._reserve(now, target)
-                if not room and now - target.moved_at > handoff.STALLED_S:
-                    self._send(target.source, target.cancel(now, "no room for its blocks"))
+            offered = target.state is State.OFFERED and target.offered
+            if offered and scheduler.ahead is None and not self._reserve(now, target):
+                scheduler.ahead = target.handoff
             self._send(target.source, target.tick(now))
             self._settle(target)
         for source in list(self.sources.values()):
-            source.tick(now)
+            open_before = source.state not in OVER
+            self._send(source.target, source.tick(now))
+            if open_before and source.state in OVER:
+                self._tell(Failed(source.handoff, source.reason))
             self._pump(source)
+        hungry = scheduler.waiting.hungry
+        while (
+            hungry is not None and scheduler.rows.free and scheduler.blocks_for(hungry) > scheduler.pool.available
+        ):
+            if not self._give_up_after(hungry.serial):
+                break
 
-    def _make_room(self) -> None:
-        """Nothing moves: if that is for want of blocks, give up the newest prompt that nobody has asked for yet.
+    def _give_up_after(self, number: int) -> bool:
+        """Take the blocks of the newest prompt after `number` that nobody has asked for; False if there is none.
 
         Two lanes that hand prompts to each other would else each fill their pool with what the other cannot take.
+        Blocks are waited for in the order of numbers, one for all lanes, so that the first of all can always go on.
         """
-        hungry, pool = self.scheduler.waiting.hungry, self.scheduler.pool
-        size = self.scheduler.shape.block_size
-        starves = hungry is not None and -(-len(hungry.tokens) // size) > pool.available
-        if not starves and not any(target.state is State.OFFERED for target in self.targets.values()):
-            return
-        for number in reversed(self.sources):
-            sequence = self._prompts[number]
-            if self.sources[number].state is State.OFFERED and sequence.blocks:
-                self.scheduler.give_up(sequence)
-                return
+        for later in reversed(self.sources):
+            sequence = self._prompts[later]
+            if later > number and self.sources[later].state is State.OFFERED and sequence.blocks:
+                arrivals.give_up(self.scheduler, sequence)
+                return True
+        return False
 
     def _reserve(self, now: float, target: Target) -> bool:
         """Hold blocks for `target` and ask for what is missing; False while there is no room."""
         submit = self._expected[target.handoff].submit
         count = -(-_known(submit) // self.scheduler.shape.block_size)
-        if not arrivals.room(self.scheduler, count):
-            return False
+        while not arrivals.room(self.scheduler, count, target.handoff):
+            if not self._give_up_after(target.handoff):
+                return False
         tokens = submit.request.prompt_ids + submit.parts[0].emitted
         prefix = arrivals.chain(self.scheduler, submit.request, tokens)
         made = self.scheduler.reserved.reserve(target.handoff, prefix, count)
@@ -290,9 +294,13 @@ class Agent:
                     self._ended(event, sequence)
 
     def _computed(self, sequence: Sequence, positions: int) -> None:
-        if (source := self.sources.get(sequence.serial)) is not None:
+        if (source := self.sources.get(sequence.serial)) is None:
+            return
+        if sequence.state is Waits.WAITING:
+            source.unseated()
+        else:
             size, whole = self.scheduler.shape.block_size, positions == len(sequence.tokens) - 1
-            source.ready = source.total if whole else positions // size
+            self._send(source.target, source.computed(self._now, source.total if whole else positions // size))
 
     def _ended(self, event: events.Ended, sequence: Sequence) -> None:
         if not sequence.rests:

@@ -1,15 +1,18 @@
 """The move of one prompt's KV from the lane that computed it to the lane that decodes, as two state machines.
 
-    target    OFFERED --room--> RESERVED --first part--> COPYING --last part--> COMMITTED --Released--> RELEASED
-                 |                 |                        |
-                 +--cancel--> ABORTED            cancel, bad, stalled --> QUARANTINED --Stopped | fence--> ABORTED
+                     <--- Withdrawn ---
+    target    OFFERED --Offer, room--> RESERVED --part--> COPYING --last part--> COMMITTED --Released--> RELEASED
+                 |                        |                  |
+                 +--cancel--> ABORTED     cancel, bad, stalled --> QUARANTINED --Stopped | fence--> ABORTED
 
-    source    OFFERED --Fetch--> COPYING --Done--> RELEASED          cancel, Stop, lease over, lost --> ABORTED
+    source    OFFERED --seated: Offer, Fetch--> COPYING --Done--> RELEASED      cancel, Stop, lease over --> ABORTED
 
-The target pulls: a Fetch allows the source to send `num_blocks` blocks from `first` on, as they are computed. The
-target takes only the part that begins at its next block and bears its present generation; each time it asks again,
-after silence or a bad part, the generation goes up, so that no late part of an earlier asking can land. Blocks are
-reserved before anything is asked for and stay WRITING until no byte can land in them any more.
+A source offers a prompt when that has got its blocks, before it is computed; a target reserves when it has room
+then, so it never holds blocks for what waits for blocks elsewhere. The target pulls: a Fetch, with the ticket that
+the router gave to both for this one handoff, allows the source to send `num_blocks` blocks from `first` on, as they
+are computed. The target takes only the part that begins at its next block and bears its present generation; each
+time it asks again, after silence or a bad part, the generation goes up, so that no late part of an earlier asking
+can land. Blocks are reserved before anything is asked for and stay WRITING until no byte can land in them any more.
 A message may be lost, doubled, late, out of order or bad: every message but a part may be said again without harm,
 and whoever waits for an answer asks again.
 
@@ -26,7 +29,7 @@ ASK_AGAIN_S = 0.25  # first wait for an answer; doubles up to ASK_AT_LEAST_S
 ASK_AT_LEAST_S = 2.0
 MAX_BAD = 3  # parts in a row whose bytes are not what their checksum says
 STALLED_S = 60.0  # a target without any progress gives up
-LEASE_S = 30.0  # a source whose target says nothing lets go
+LEASE_S = 30.0  # a source that has blocks, and whose target says nothing, lets go
 
 
 class State(Enum):
@@ -44,13 +47,26 @@ class State(Enum):
 OVER = (State.RELEASED, State.ABORTED)
 
 
+class Offer(NamedTuple):
+    """Source to target: the prompt has its blocks here, ask for them when you have room."""
+
+    handoff: int
+
+
+class Later(NamedTuple):
+    """Target to source: your offer is known, there is no room yet."""
+
+    handoff: int
+
+
 class Fetch(NamedTuple):
-    """Target to source: send these blocks as soon as they are computed."""
+    """Target to source: send these blocks as soon as they are computed. `ticket` is 16 bytes, the handoff's."""
 
     handoff: int
     generation: int
     first: int
     num_blocks: int
+    ticket: bytes = b""
 
 
 class Parts(NamedTuple):
@@ -61,6 +77,13 @@ class Parts(NamedTuple):
     first: int
     num_blocks: int
     staged: object | None
+
+
+class Withdrawn(NamedTuple):
+    """Source to target: no such asking is served, the blocks that were offered are gone; I offer again."""
+
+    handoff: int
+    generation: int
 
 
 class Done(NamedTuple):
@@ -98,7 +121,7 @@ class Gone(NamedTuple):
     reason: str
 
 
-Message = Fetch | Parts | Done | Stop | Stopped | Released | Gone
+Message = Offer | Later | Fetch | Withdrawn | Parts | Done | Stop | Stopped | Released | Gone
 
 
 @dataclass(slots=True)
@@ -113,6 +136,8 @@ class Target:
     have: int = 0
     asked: int = 0  # end of what was asked for
     bad: int = 0
+    offered: bool = False  # the source has said so
+    ticket: bytes = b""
     reason: str = ""
     ask_at: float = float("inf")
     wait_s: float = ASK_AGAIN_S
@@ -120,13 +145,18 @@ class Target:
 
     def reserved(self, now: float, have: int) -> list[Message]:
         """Blocks are held, `have` of them found by prefix."""
-        assert self.state is State.OFFERED
+        assert self.state is State.OFFERED and self.offered
         self.state, self.have, self.moved_at = State.RESERVED, have, now
         return self._commit(now) if have == self.total else self._ask(now)
 
     def receive(self, now: float, message: Message) -> tuple[bool, list[Message]]:
         """(whether the part may be written, what to answer). What is late, doubled or foreign changes nothing."""
         match message:
+            case Offer() if self.state is State.OFFERED:
+                known, self.offered = self.offered, True
+                return False, [Later(self.handoff)] if known else []
+            case Withdrawn(generation=self.generation) if self.state is State.RESERVED:
+                self.state, self.offered, self.have, self.ask_at = State.OFFERED, False, 0, float("inf")
             case Parts() if self.state in (State.RESERVED, State.COPYING):
                 return self._part(now, message)
             case Gone(reason=reason) if self.state in (State.RESERVED, State.COPYING):
@@ -157,7 +187,7 @@ class Target:
 
     def _credit(self) -> Fetch:
         self.asked = min(self.have + CREDIT, self.total)
-        return Fetch(self.handoff, self.generation, self.have, self.asked - self.have)
+        return Fetch(self.handoff, self.generation, self.have, self.asked - self.have, self.ticket)
 
     def _ask(self, now: float) -> list[Message]:
         self.generation += 1
@@ -203,7 +233,7 @@ class Target:
 
 @dataclass(slots=True)
 class Source:
-    """The sending side: `ready` of its `total` blocks are computed."""
+    """The sending side: `ready` of its `total` blocks are computed, all are there once it is `seated`."""
 
     handoff: int
     target: str
@@ -213,8 +243,24 @@ class Source:
     sent: int = 0
     allowed: int = 0  # end of what the target asked for
     generation: int = 0
+    seated: bool = False
+    ticket: bytes = b""
     reason: str = ""
+    ask_at: float = 0.0
+    wait_s: float = ASK_AGAIN_S
     heard_at: float = 0.0
+
+    def computed(self, now: float, ready: int) -> list[Message]:
+        """The prompt has its blocks, `ready` of them computed."""
+        self.ready = ready
+        if self.seated:
+            return []
+        self.seated, self.wait_s, self.ask_at, self.heard_at = True, ASK_AGAIN_S, now, now
+        return self.tick(now)
+
+    def unseated(self) -> None:
+        """The prompt has lost its blocks, and waits for others."""
+        self.seated, self.ready = False, 0
 
     def receive(self, now: float, message: Message) -> list[Message]:
         """What to answer; `next_parts` says what may be sent afterwards."""
@@ -232,8 +278,16 @@ class Source:
         return []
 
     def _fetch(self, fetch: Fetch) -> list[Message]:
+        if fetch.ticket != self.ticket:
+            return []
         if self.state in OVER:
             return [Gone(self.handoff, self.reason or "it is over")]
+        if self.state is State.OFFERED:
+            if fetch.generation <= self.generation:  # withdrawn
+                return []
+            if not self.seated:
+                self.generation = fetch.generation
+                return [Withdrawn(self.handoff, fetch.generation)]
         self.state = State.COPYING
         stop = fetch.first + fetch.num_blocks
         if fetch.generation > self.generation:
@@ -257,9 +311,12 @@ class Source:
         if self.state not in OVER:
             self.state, self.reason = State.ABORTED, reason
 
-    def tick(self, now: float) -> None:
-        """Let go of what nobody asks for; whoever asks later is told so."""
-        if now - self.heard_at > LEASE_S and self.state is State.COPYING:
+    def tick(self, now: float) -> list[Message]:
+        """Offer again; let go where the target says nothing at all, and tell whoever asks later."""
+        offers = self.state is State.OFFERED and self.seated
+        if (offers or self.state is State.COPYING) and now - self.heard_at > LEASE_S:
             self.cancel("its lease is over")
-        if now - self.heard_at > 2 * STALLED_S:
-            self.cancel("nobody asked for it")
+        elif offers and now >= self.ask_at:
+            self.ask_at, self.wait_s = now + self.wait_s, min(2 * self.wait_s, ASK_AT_LEAST_S)
+            return [Offer(self.handoff)]
+        return []

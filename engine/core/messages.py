@@ -30,11 +30,12 @@ class Submit(NamedTuple):
 
 
 class Expect(NamedTuple):
-    """Serve these choices once the KV of the first one's tokens has come from lane `source`."""
+    """Serve these choices once the KV of the first one's tokens has come from lane `source`. ticket: 16 bytes."""
 
     handoff: int
     source: str
     submit: Submit
+    ticket: bytes = b""
 
 
 class Prefill(NamedTuple):
@@ -43,6 +44,7 @@ class Prefill(NamedTuple):
     handoff: int
     target: str
     request: Request
+    ticket: bytes = b""
 
 
 class Cancel(NamedTuple):

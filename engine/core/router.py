@@ -17,8 +17,9 @@ Cost: one hash a block of a prompt when there are several lanes; a dict lookup a
 
 import heapq
 import math
+import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,17 +39,29 @@ MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts
 REMEMBERED = 1 << 16  # blocks whose lane is remembered
 
 
+def random_ticket() -> bytes:
+    """Nobody can guess it, and no handoff has had it before."""
+    return secrets.token_bytes(16)
+
+
 class Router:
     """Requests over the lanes of one replica. Not thread-safe: one thread calls it."""
 
-    def __init__(self, block_size: int, context: int, eos_ids: tuple[int, ...] = (), root: bytes = b""):
+    def __init__(
+        self,
+        block_size: int,
+        context: int,
+        eos_ids: tuple[int, ...] = (),
+        root: bytes = b"",
+        draw_ticket: Callable[[], bytes] = random_ticket,
+    ):
         self.lanes: dict[str, Lane] = {}
         self.outbox: list[tuple[str, messages.ToLane]] = []
         self.events: list[Event] = []
         self.journeys: dict[Journey, None] = {}
         self.max_wait_s = math.inf  # a new request that would wait longer for its first token is refused
         self.recoveries = self.handoffs = self.gaps = 0
-        self._block_size, self._root = block_size, root
+        self._block_size, self._root, self._draw_ticket = block_size, root, draw_ticket
         self._context, self._eos_ids = context, eos_ids
         self._legs: dict[int, Leg] = {}  # by serial and by handoff
         self._tracks: dict[int, Track] = {}  # by serial
@@ -289,8 +302,9 @@ class Router:
             given.salt,
             given.adapter,
         )
-        self._to(leg.target, Expect(leg.handoff, source.name, submit))
-        self._to(source.name, Prefill(leg.handoff, leg.target, prompt))
+        ticket = self._draw_ticket()
+        self._to(leg.target, Expect(leg.handoff, source.name, submit, ticket))
+        self._to(source.name, Prefill(leg.handoff, leg.target, prompt, ticket))
 
     def _pools(self, request: Request, length: int) -> tuple[list[Lane], list[Lane]]:
         """(lanes that may decode, lanes that may prefill for them)."""

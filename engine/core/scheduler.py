@@ -108,6 +108,7 @@ class Scheduler:
         self.limbo: deque[tuple[int, list[int]]] = deque()
         self.suspects: deque[Sequence] = deque()
         self.live: dict[int, Sequence] = {}
+        self.ahead: int | None = None  # number of a handoff that waits for blocks: who came later gets none
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._deadlines: list[tuple[float, int]] = []
         self._loads: dict[int, Load] = {}  # by row, of those taken since the last plan
@@ -152,6 +153,10 @@ class Scheduler:
     def blocks_of(self, sequence: Sequence) -> list[int]:
         """The blocks that hold its KV, in order of position."""
         return sequence.blocks if sequence.row < 0 else self.rows.blocks(sequence.row)
+
+    def blocks_for(self, sequence: Sequence) -> int:
+        """How many blocks hold all that it knows, found by prefix or not."""
+        return -(-(len(sequence.tokens) - sequence.rests) // self.shape.block_size)
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -200,7 +205,7 @@ class Scheduler:
             if self.flights:
                 self._draining = True
                 return None
-            self._preempt(next(reversed(self.running.values())))
+            self._preempt(next(s for s in reversed(self.running.values()) if not s.rests))
         lines = self.rows.decode(cohort)
         if len(full):
             blocks = np.array(self.pool.take(len(full)), np.int32)
@@ -231,13 +236,14 @@ class Scheduler:
 
     def _seat(self, sequence: Sequence) -> bool:
         """Seat a waiting sequence with blocks for all it knows, shared ones first; False if the pool cannot."""
-        size, length = self.shape.block_size, len(sequence.tokens) - sequence.rests
-        blocks, computed = sequence.blocks, sequence.computed
+        size, blocks, computed = self.shape.block_size, sequence.blocks, sequence.computed
+        if not blocks and self.ahead is not None and sequence.serial > self.ahead:
+            return False
         if not blocks and self.shape.prefix_cache and not sequence.scores:
             sequence.chain = prefix.extend(sequence.parent, sequence.chain, sequence.tokens, size)
             blocks = self.pool.share(sequence.chain[: (len(sequence.tokens) - 1) // size])
             computed = len(blocks) * size
-        missing = -(-length // size) - len(blocks)
+        missing = self.blocks_for(sequence) - len(blocks)
         if missing > self.pool.available:
             if not sequence.blocks:
                 self.pool.drop(blocks)
@@ -251,7 +257,7 @@ class Scheduler:
             self.events.append(Started(sequence))
         sequence.blocks, sequence.computed = [], 0
         self.say_computed(sequence, computed)
-        if sequence.rests and computed == length:
+        if sequence.rests and computed == len(sequence.tokens) - 1:
             self.rest(sequence, blocks)
             return True
         self.rows.seat(sequence, blocks + self.pool.take(missing), computed)
@@ -353,13 +359,6 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.insert(sequence)
-        self.say_computed(sequence, 0)
-
-    def give_up(self, sequence: Sequence) -> None:
-        """Take a resting prompt's blocks for others: it waits behind all, and finds those that are still cached."""
-        self.pool.drop(sequence.blocks)
-        sequence.blocks, sequence.state = [], State.WAITING
-        self.waiting.append(sequence)
         self.say_computed(sequence, 0)
 
     def rest(self, sequence: Sequence, blocks: list[int]) -> None:

@@ -26,6 +26,13 @@ class Waiting:
         """Wait before the others that hold nothing."""
         self._queue.appendleft(sequence)
 
+    def put_back(self, sequence: Sequence) -> None:
+        """Wait among those that hold nothing in the order they came, as serials tell."""
+        later = 0
+        while later < len(self._queue) and self._queue[-1 - later].serial > sequence.serial:
+            later += 1
+        self._queue.insert(len(self._queue) - later, sequence)
+
     def arrive(self, sequence: Sequence) -> None:
         """`sequence`, which waits, has got blocks."""
         self._queue.remove(sequence)

@@ -168,7 +168,7 @@ REQUEST = group(
     Request, text("id"), wholes("pi", INT), SAMPLING, STOPPING, moment("dl"), octets("sa"), text("ad"), switch("sk")
 )
 SUBMIT = group(messages.Submit, REQUEST, whole("sd"), _parts())
-HANDOFF = whole("h")
+HANDOFF, TICKET = whole("h"), octets("ki", 16)
 SERIAL = whole("s")
 LINE = array("lo", FLOAT), array("ra", INT), array("ti", INT, TOP), array("tl", FLOAT, TOP)
 FULL = (
@@ -195,8 +195,8 @@ def _numbered(packet: Packet) -> bool:
 
 CARRIED: Mapping[int, tuple[type, Field]] = {
     16: (messages.Submit, SUBMIT),
-    17: (messages.Expect, group(messages.Expect, HANDOFF, text("so", NAME), SUBMIT)),
-    18: (messages.Prefill, group(messages.Prefill, HANDOFF, text("tg", NAME), REQUEST)),
+    17: (messages.Expect, group(messages.Expect, HANDOFF, text("so", NAME), SUBMIT, TICKET)),
+    18: (messages.Prefill, group(messages.Prefill, HANDOFF, text("tg", NAME), REQUEST, TICKET)),
     19: (messages.Cancel, group(messages.Cancel, wholes("ss"), HANDOFF, text("re", WORDS))),
     20: (messages.Hold, group(messages.Hold, wholes("ss"), switch("hd"))),
     21: (messages.Fence, group(messages.Fence, text("ln", NAME))),
@@ -213,12 +213,15 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
     ),
 }
 BETWEEN: Mapping[int, tuple[type, Field]] = {
-    48: (handoff.Fetch, group(handoff.Fetch, HANDOFF, whole("g"), whole("fi"), whole("nb"))),
+    48: (handoff.Fetch, group(handoff.Fetch, HANDOFF, whole("g"), whole("fi"), whole("nb"), TICKET)),
     49: (handoff.Done, group(handoff.Done, HANDOFF)),
     50: (handoff.Stop, group(handoff.Stop, HANDOFF)),
     51: (handoff.Stopped, group(handoff.Stopped, HANDOFF, text("an", NAME, one_of=ANSWERS))),
     52: (handoff.Released, group(handoff.Released, HANDOFF)),
     53: (handoff.Gone, group(handoff.Gone, HANDOFF, text("re", WORDS))),
+    54: (handoff.Offer, group(handoff.Offer, HANDOFF)),
+    55: (handoff.Later, group(handoff.Later, HANDOFF)),
+    56: (handoff.Withdrawn, group(handoff.Withdrawn, HANDOFF, whole("g"))),
     64: (membership.Hello, group(membership.Hello, text("nm", NAME), text("ro", one_of=ROLES), text("ad", WORDS))),
     65: (membership.Welcome, group(membership.Welcome, text("nm", NAME), whole("se"))),
     66: (membership.Refused, group(membership.Refused, text("nm", NAME))),

@@ -13,6 +13,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 
 from engine.core import handoff, prefix
@@ -206,7 +207,7 @@ class World:
         self._digest = blake2b(digest_size=16)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
-        self.router = Router(BLOCK, CONTEXT, (EOS,), prefix.root("sim"))
+        self.router = Router(BLOCK, CONTEXT, (EOS,), prefix.root("sim"), partial(self.rng.randbytes, 16))
         self.members = Members(self.router, 1)
         self.judge = Judge(self.faults.step_fails > 0)
         self._cut: dict[tuple[str, str], float] = {}

@@ -15,7 +15,9 @@ from engine.replica.streams import Streams
 from engine.serve.client import Client
 from engine.serve.server import Listen, Server
 
-SETTINGS = Settings(model="embedded", mesh="tp=2", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256)
+SETTINGS = Settings(
+    model="embedded", mesh="tp=2", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256, max_wait=600.0
+)
 PROMPT = "def read(self, path):\n"
 
 

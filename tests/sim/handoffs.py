@@ -17,7 +17,7 @@ from engine.core import handoff
 from engine.core.blocks import BlockPool, Content
 from engine.core.reservations import Reservations
 
-LANES, BLOCKS, OPEN = 4, 256, 16  # lanes; blocks of a pool; handoffs that are open at once for each lane
+LANES, BLOCKS, OPEN = 4, 128, 16  # lanes; blocks of a pool; handoffs that are open at once for each lane
 TURN_S = 0.1
 DROP, DOUBLE, LATE, DAMAGE = 0.04, 0.04, 0.05, 0.02
 STORM_TURNS, DEATH_TURNS = 40, 1000  # between two storms, two deaths; on average
@@ -42,6 +42,7 @@ class Lane:
     targets: dict[int, handoff.Target] = field(default_factory=dict)
     sources: dict[int, handoff.Source] = field(default_factory=dict)
     given: dict[int, list[int]] = field(default_factory=dict)  # blocks that sources read from
+    ahead: int | None = None  # waits for blocks: who came later gets none
     serving: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (until, handoff, blocks)
     reserved: Reservations = field(init=False)
 
@@ -104,7 +105,7 @@ class Walk:
                 number, peer = self.offered, self.rng.choice([other for other in names if other != name])
                 prompt = self.prompts[number] = self._prompt(number)
                 lane.targets[number] = self.m.Target(number, peer, len(prompt.kv), moved_at=self.now)
-                self.lanes[peer].sources[number] = self.m.Source(number, name, len(prompt.kv), heard_at=self.now)
+                self.lanes[peer].sources[number] = self.m.Source(number, name, len(prompt.kv))
 
     def _prompt(self, number: int) -> Prompt:
         total, stem = self.rng.randint(1, 10), self.rng.randrange(12)
@@ -150,12 +151,14 @@ class Walk:
 
     def _arrive(self, lane: Lane, sender: str, message) -> None:
         number, m = message.handoff, self.m
-        if isinstance(message, m.Fetch | m.Done | m.Stop):
+        if isinstance(message, m.Later | m.Fetch | m.Done | m.Stop):
             source = lane.sources.get(number)
             if source is not None:
                 answers = source.receive(self.now, message)
             elif isinstance(message, m.Fetch):
                 answers = [m.Gone(number, "it is over")]
+            elif isinstance(message, m.Later):
+                answers = []
             else:
                 answers = [m.Stopped(number, "complete") if isinstance(message, m.Stop) else m.Released(number)]
             self._send(lane.name, sender, answers)
@@ -164,6 +167,8 @@ class Walk:
                 message = message._replace(staged=None)
             before = target.have
             write, answers = target.receive(self.now, message)
+            if target.state is m.State.OFFERED:
+                lane.reserved.drop(number)
             if write:
                 for block, kv in zip(lane.reserved.held(number)[before : target.have], message.staged, strict=True):
                     lane.kv[block] = kv
@@ -178,6 +183,7 @@ class Walk:
             self._compare(lane, number, blocks)
             lane.pool.drop(blocks)
             self.prompts.pop(number)
+        lane.ahead = None
         for target in list(lane.targets.values()):
             self._turn_target(lane, target)
         for source in list(lane.sources.values()):
@@ -188,12 +194,14 @@ class Walk:
 
     def _turn_target(self, lane: Lane, target) -> None:
         m, number = self.m, target.handoff
-        if target.state is m.State.OFFERED:
+        if target.state is m.State.OFFERED and target.offered and lane.ahead is None:
             prompt = self.prompts[number]
-            if (made := lane.reserved.reserve(number, prompt.contents, len(prompt.kv))) is not None:
+            while (made := lane.reserved.reserve(number, prompt.contents, len(prompt.kv))) is None:
+                if not self._give_up(lane, number):
+                    lane.ahead = number
+                    break
+            else:
                 self._send(lane.name, target.source, target.reserved(self.now, made[1]))
-            elif self.now - target.moved_at > m.STALLED_S:
-                target.cancel(self.now, "no room")
         if self.now >= target.ask_at:
             self._send(lane.name, target.source, target.tick(self.now))
         state = target.state
@@ -210,6 +218,26 @@ class Walk:
                 self.counts["aborted"] += 1
                 lane.reserved.drop(number)
                 self.prompts.pop(number)
+                peer = self.lanes.get(target.source)  # the front hears of it and ends what has not begun
+                source = None if peer is None else peer.sources.get(number)
+                if source is not None and not source.seated:
+                    source.cancel(target.reason)
+
+    def _give_up(self, lane: Lane, before: int) -> bool:
+        """Take the blocks of the newest prompt after `before` that nobody has asked for; False if there is none."""
+        for number in sorted(lane.given, reverse=True):
+            if number > before and (source := lane.sources[number]).state is self.m.State.OFFERED:
+                source.unseated()
+                self._take_back(lane, number)
+                self.counts["given up"] += 1
+                return True
+        return False
+
+    def _take_back(self, lane: Lane, number: int) -> None:
+        """What a source read from is given back."""
+        for block in lane.given.get(number, ()):
+            lane.kv[block] = 0  # what is given back may change at once
+        lane.pool.drop(lane.given.pop(number, []))
 
     def _compare(self, lane: Lane, number: int, blocks: list[int]) -> None:
         """Whether the blocks of a sequence hold what is its own."""
@@ -218,26 +246,25 @@ class Walk:
 
     def _turn_source(self, lane: Lane, source) -> None:
         number = source.handoff
-        if (
-            number not in lane.given
-            and source.state not in self.m.OVER
-            and source.total <= lane.pool.available // 2
-        ):
+        waits = number not in lane.given and source.state not in self.m.OVER
+        if waits and (lane.ahead is None or number < lane.ahead) and source.total <= lane.pool.available:
             lane.given[number] = lane.pool.take(source.total)
         if (blocks := lane.given.get(number)) is not None:
             if source.ready < source.total and number in self.prompts:
                 for k in range(source.ready, stop := min(source.ready + self.rng.randint(1, 6), source.total)):
                     lane.kv[blocks[k]] = self.prompts[number].kv[k]
-                source.ready = stop
+                self._send(lane.name, source.target, source.computed(self.now, stop))
             while (cut := source.next_parts(4)) is not None:
                 kv = tuple(lane.kv[block] for block in blocks[cut[0] : sum(cut)])
                 self._send(lane.name, source.target, [self.m.Parts(number, source.generation, *cut, kv)])
-        source.tick(self.now)
+        self._send(lane.name, source.target, source.tick(self.now))
         if source.state in self.m.OVER:
             del lane.sources[number]
-            for block in lane.given.get(number, ()):
-                lane.kv[block] = 0  # what is given back may change at once
-            lane.pool.drop(lane.given.pop(number, []))
+            self._take_back(lane, number)
+            peer = self.lanes.get(source.target)  # the front hears of it and ends what waits for it
+            target = None if peer is None else peer.targets.get(number)
+            if target is not None and target.state is self.m.State.OFFERED:
+                target.cancel(self.now, source.reason)
 
 
 if __name__ == "__main__":

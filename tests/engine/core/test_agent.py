@@ -271,32 +271,118 @@ def test_a_choice_held_when_its_kv_has_come_draws_nothing_until_it_is_let_go():
     assert pair.tokens[1] == expected(request, 1, 6) and pair.restored
 
 
-def test_a_last_word_that_overtakes_the_first_leaves_nothing_behind():
-    unknown = handoff.Stopped(100, "unknown")
-    for last, answer in ((handoff.Done(100), handoff.Released(100)), (handoff.Stop(100), unknown)):
-        place = Place("p")
-        place.agent.receive(0.0, "d", last)
-        assert place.turn(0.1) == [("d", answer)]
-        request = Request("r", tuple(ids(9)), Sampling(temperature=0.0), Stopping(1))
-        place.agent.receive(0.2, FRONT, Prefill(100, "d", request))
-        assert place.turn(0.3) == [] and place.restored
-        place.agent.receive(0.4, "d", last)
-        assert [type(message) for _, message in place.turn(0.5)] == [type(answer)]
-
-
-def test_a_fetch_that_overtakes_the_first_word_is_kept_for_it():
+@pytest.mark.parametrize("last", [handoff.Done(100), handoff.Stop(100)])
+def test_a_last_word_about_what_a_lane_does_not_know_is_answered_and_leaves_nothing(last):
     place = Place("p")
-    place.agent.receive(0.0, "d", handoff.Fetch(100, 1, 0, 2))
+    for _ in range(2):
+        place.agent.receive(0.0, "d", last)
+    answer = handoff.Stopped(100, "unknown") if isinstance(last, handoff.Stop) else handoff.Released(100)
+    assert place.turn(0.1) == [("d", answer), ("d", answer)] and place.restored
+
+
+def test_an_offer_that_overtakes_the_first_word_is_kept_for_it():
+    place = Place("d")
+    place.agent.receive(0.0, "p", handoff.Offer(100))
     assert place.turn(0.1) == []
-    place.agent.receive(0.2, FRONT, Prefill(100, "d", Request("r", tuple(ids(9)), Sampling(), Stopping(1))))
-    sent = [m for turn in range(6) for _, m in place.turn(0.3 + turn / 10) if isinstance(m, handoff.Parts)]
-    assert sum(part.num_blocks for part in sent) == 2 and {part.generation for part in sent} == {1}
+    request = Request("r", tuple(ids(9)), Sampling(), Stopping(max_tokens=1))
+    place.agent.receive(0.2, FRONT, Expect(100, "p", Submit(request, 1, (Part(1),)), b"ticket"))
+    assert place.turn(0.3) == [("p", handoff.Fetch(100, 1, 0, 2, b"ticket"))]
+
+
+def test_a_lane_reserves_nothing_before_the_prompt_has_its_blocks():
+    pair = Pair(max_tokens=8)
+    for k in range(4):  # every row is taken
+        request = Request(f"{k}", tuple(ids(40, k)), Sampling(seed=1), Stopping(max_tokens=1))
+        pair.say("p", Submit(request, 1, (Part(k + 1),)))
+    pair.hand(100, 9, ids(23), max_tokens=2)
+    target, source = pair.places["d"].agent.targets[100], pair.places["p"].agent.sources[100]
+    seen = set()
+    while target.state is not State.COMMITTED:
+        pair.turn()
+        assert source.seated or target.state is State.OFFERED
+        seen.add((source.ready < source.total, target.state))
+    assert (True, State.OFFERED) in seen and (True, State.COPYING) in seen, (
+        "it waits, then moves while it is computed"
+    )
+
+
+def test_blocks_that_are_given_up_as_they_are_asked_for_are_offered_again():
+    late = []
+
+    def passes(message):
+        mine = isinstance(message, handoff.Fetch) and message.handoff == 100
+        if mine:
+            late.append(message)
+        return not mine
+
+    pair = Pair(passes, num_blocks=13)
+    pair.places["d"] = Place("d")
+    request = pair.hand(100, 1, ids(23), max_tokens=3)
+    for _ in range(4):
+        pair.turn()
+    older = Request("older", tuple(ids(30, 1)), Sampling(seed=1), Stopping(max_tokens=3))
+    pair.say("p", Expect(50, "d", Submit(older, 1, (Part(2),))))
+    pair.say("d", Prefill(50, "p", older))
+    source, target = pair.places["p"].agent.sources[100], pair.places["d"].agent.targets[100]
+    for _ in range(6):
+        pair.turn()
+    assert not source.seated
+    pair.places["p"].agent.receive(pair.now, "d", late[-1])
+    pair.turn()
+    assert (target.state, target.offered) == (State.OFFERED, False), (
+        "nothing is held while the source holds nothing"
+    )
+    assert 100 not in pair.places["d"].agent.scheduler.reserved.handoffs
+    pair.passes = lambda message: True
+    pair.run()
+    assert pair.tokens[1] == expected(request, 1, 3) and pair.tokens[2] == expected(older, 1, 3)
+    assert pair.restored and not pair.told(Failed)
+
+
+def test_a_fetch_without_the_ticket_gets_nothing():
+    pair = Pair()
+    request = Request("r", tuple(ids(23)), Sampling(temperature=0.0), Stopping(max_tokens=1))
+    pair.say("p", Prefill(100, "d", request, b"right"))
+    for _ in range(4):
+        pair.turn()
+    place = pair.places["p"]
+    for ticket in (b"", b"wrong"):
+        place.agent.receive(pair.now, "d", handoff.Fetch(100, 1, 0, 6, ticket))
+        assert not [m for _, m in place.turn(pair.now) if isinstance(m, handoff.Parts)]
+    place.agent.receive(pair.now, "d", handoff.Fetch(100, 1, 0, 6, b"right"))
+    assert [m.num_blocks for _, m in place.turn(pair.now) if isinstance(m, handoff.Parts)] == [6]
+
+
+def test_waiting_for_room_is_no_reason_to_give_up():
+    """A target that holds what is never read has no room for minutes; nobody loses an attempt to it."""
+    pair = Pair(num_blocks=12)
+    pair.hand(100, 1, ids(30), max_tokens=3)
+    while not pair.told(Committed):
+        pair.turn()
+    pair.say("d", Hold((1,), True))
+    pair.hand(101, 2, ids(30, 1), max_tokens=3)
+    for _ in range(400):
+        pair.turn(1.0)
+    assert not pair.told(Failed) and pair.places["d"].agent.targets[101].state is State.OFFERED
+    pair.say("d", Hold((1,), False))
+    pair.run()
+    assert pair.restored and len(pair.told(Over)) == 2
+
+
+def test_a_source_whose_target_is_silent_lets_go_and_says_so():
+    pair = Pair(lambda message: not isinstance(message, handoff.Offer))
+    pair.hand(100, 1, ids(30), max_tokens=3)
+    for _ in range(40):
+        pair.turn(1.0)
+    assert [failed.reason for failed in pair.told(Failed)] == ["its lease is over"]
+    assert pair.places["p"].restored
 
 
 def test_what_a_lane_says_that_is_not_a_sides_peer_is_not_taken():
     pair = Pair(lambda message: not isinstance(message, handoff.Fetch))
     pair.hand(100, 1, ids(9), max_tokens=2)
-    pair.turn()
+    for _ in range(4):
+        pair.turn()
     source, target = pair.places["p"].agent.sources[100], pair.places["d"].agent.targets[100]
     pair.places["p"].agent.receive(pair.now, "x", handoff.Fetch(100, 1, 0, 2))
     pair.places["d"].agent.receive(pair.now, "x", handoff.Gone(100, "no"))
@@ -308,7 +394,8 @@ def test_handoffs_get_blocks_in_the_order_they_came():
     pair = Pair(num_blocks=20)
     for number, length in ((100, 45), (101, 45), (102, 25)):
         pair.hand(number, number + 100, ids(length, number), max_tokens=4)
-    pair.turn()
+    for _ in range(3):
+        pair.turn()
     states = [target.state for target in pair.places["d"].agent.targets.values()]
     assert states == [State.RESERVED, State.OFFERED, State.OFFERED]
     pair.run()

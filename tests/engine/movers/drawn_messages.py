@@ -133,8 +133,8 @@ class Drawn:
         states = tuple((state, n()) for state in ("copying", "reserved")[: rng.randrange(3)])
         makers = {
             messages.Submit: self.submit,
-            messages.Expect: lambda: messages.Expect(n(), self.words(), self.submit()),
-            messages.Prefill: lambda: messages.Prefill(n(), self.words(), self.request()),
+            messages.Expect: lambda: messages.Expect(n(), self.words(), self.submit(), rng.randbytes(16)),
+            messages.Prefill: lambda: messages.Prefill(n(), self.words(), self.request(), rng.randbytes(16)),
             messages.Cancel: lambda: messages.Cancel(tuple(n() for _ in range(3)), n(), self.words()),
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
             messages.Fence: lambda: messages.Fence(self.words()),
@@ -146,7 +146,8 @@ class Drawn:
             messages.Committed: lambda: messages.Committed(n()),
             messages.Failed: lambda: messages.Failed(n(), self.words(), self.error()),
             messages.Load: lambda: messages.Load(*(n() for _ in range(9)), states, *(n() for _ in range(7))),
-            handoff.Fetch: lambda: handoff.Fetch(n(), n(), n(), n()),
+            handoff.Fetch: lambda: handoff.Fetch(n(), n(), n(), n(), rng.randbytes(16)),
+            handoff.Withdrawn: lambda: handoff.Withdrawn(n(), n()),
             handoff.Stopped: lambda: handoff.Stopped(n(), rng.choice(["cancelled", "complete", "unknown"])),
             handoff.Gone: lambda: handoff.Gone(n(), self.words()),
             membership.Hello: lambda: membership.Hello(
