@@ -1,11 +1,11 @@
 """A move of KV blocks between two lanes of one process, beside copying as many bytes.
 
-    memcpy | bare | copied | by block | by head | unchecked | memcpy | ... in turns -> ratios within each turn
+    memcpy | bare | copied | moved | unchecked | memcpy | ... in turns -> ratios within each turn
 
 bare       carries gathered blocks to the other lane's devices; copied does so as if they did not share their memory
-by block   gathers blocks out of a pool, carries them, computes the checksums of every block at both ends, and
-           scatters into the other pool, in pieces, a few of which are on their way; by head computes digests
-unchecked  the same without either
+moved      gathers blocks out of a pool, carries them, computes the checksums at both ends, and scatters into the
+           other pool, in pieces, a few of which are on their way
+unchecked  the same without checksums
 
 A ratio is the time of the memcpy, between two buffers that are warm, over that of the move: above 1 is faster.
 Pools hold bfloat16, blocks are drawn at random. Virtual devices of one CPU share its memory and its cores.
@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from bench.record import parser, record, show
 from engine.environment import needed
 from engine.errors import SeracError
-from engine.movers.checksums import checksums, digests
+from engine.movers.checksums import checksums
 from engine.movers.local import Carrier, host_shards
 from engine.runner.moves import MovePrograms, Staged, cut, move_sizes
 from engine.runner.state import POOL
@@ -127,23 +127,21 @@ def nothing(keys_KLnCH: np.ndarray, values_KLnCH: np.ndarray) -> np.ndarray:
 
 
 def measure(pair: Pair, turns: int) -> dict[str, float]:
-    """Medians over `turns`; of each kind its ratio, of the two with checksums what share they take."""
+    """Medians over `turns`; of each kind its ratio, and what share of the move the checksums take."""
     kinds: dict[str, Callable[[], None]] = {
         "memcpy": pair.memcpy,
         "bare": pair.bare,
         "copied": pair.copied,
-        "by block": partial(pair.move, checksums),
-        "by head": partial(pair.move, digests),
+        "moved": partial(pair.move, checksums),
         "unchecked": partial(pair.move, nothing),
     }
     repeats = {name: _repeats(run) for name, run in kinds.items()}
     rows = [{name: _seconds(run, repeats[name]) for name, run in kinds.items()} for _ in range(turns)]
     figures = {"memcpy GB/s": pair.num_bytes / median(row["memcpy"] for row in rows) / 1e9}
-    figures["by block ms"] = median(row["by block"] for row in rows) * 1e3
+    figures["moved ms"] = median(row["moved"] for row in rows) * 1e3
     for name in list(kinds)[1:]:
         figures[name] = median(row["memcpy"] / row[name] for row in rows)
-    for name in ("by block", "by head"):
-        figures[f"{name} share"] = median(1 - row["unchecked"] / row[name] for row in rows)
+    figures["checksums' share"] = median(1 - row["unchecked"] / row["moved"] for row in rows)
     return figures
 
 

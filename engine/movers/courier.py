@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.core.handoff import Parts
 from engine.errors import DeviceError
-from engine.movers.checksums import digests
+from engine.movers.checksums import checksums
 from engine.movers.local import Carrier, host_shards
 
 logger = logging.getLogger("serac.movers")
@@ -53,21 +53,21 @@ class LocalCourier:
         try:
             if carrier.shared:
                 return carrier.carry(_there(staged))
-            before = self._digests(staged, part.num_blocks)
+            before = self._checksums(staged, part.num_blocks)
             moved = carrier.carry(staged)
-            whole = np.array_equal(before, self._digests(moved, part.num_blocks))
+            whole = np.array_equal(before, self._checksums(moved, part.num_blocks))
         except (DeviceError, RuntimeError) as error:  # the device failed, or a transfer did
             logger.warning("blocks from lane %s to %s were lost: %s", sender, receiver, type(error).__name__)
             return None
         return moved if whole else None
 
-    def _digests(self, staged: tuple, count: int) -> np.ndarray:
+    def _checksums(self, staged: tuple, count: int) -> np.ndarray:
         """Of each head, in order; waits for the device."""
         if not self._verify:
             _there(staged)
             return np.zeros(0)
         shards = host_shards(staged, count)
-        return np.concatenate([digests(shard.keys_KLnCH, shard.values_KLnCH) for shard in shards])
+        return np.concatenate([checksums(shard.keys_KLnCH, shard.values_KLnCH) for shard in shards])
 
 
 def _there(staged: tuple) -> tuple:

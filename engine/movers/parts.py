@@ -1,6 +1,6 @@
 """The KV of a `Parts` on its way: which bytes, in which order, and how the receiver knows that they are right.
 
-    header   handoff, generation, first, blocks | dtype, K L n C H | checksums [K, L, n]
+    header   handoff, generation, first, blocks | dtype, K L n C H | checksums [K]
     payload  keys [K, L, n, C, H], then values: head first, so that what any shard wants is one piece
 
 The sender hands out views of what it holds, nothing is copied or joined. The receiver reads straight into two
@@ -24,7 +24,7 @@ from engine.observe.plan_bytes import read_map
 
 KIND = 80
 ALIGNED = 64  # bytes; a CPU device takes over a buffer that begins at such an address
-MOST_SUMS = 1 << 24  # bytes
+MOST_SUMS = 1 << 19  # bytes
 AT_ONCE = 1 << 20  # bytes whose checksums are taken without a pause
 
 
@@ -87,7 +87,7 @@ def num_bytes(part: Parts) -> int:
 
 
 def sums_by_head(part: Parts) -> Iterator[np.ndarray]:
-    """Checksums [k, L, n] of one head after the other, or of some heads where these are small."""
+    """Checksums [k] of one head after the other, or of some heads where these are small."""
     for keys, values in shards(part):
         step = max(AT_ONCE // max(2 * keys[:1].nbytes, 1), 1)
         for head in range(0, len(keys), step):
@@ -125,11 +125,9 @@ def read_header(data: bytes | bytearray | memoryview, payload: int) -> PartsHead
     """What `data` says of a payload of so many bytes. Raises Malformed."""
     header = FIELDS.read(read_map(bytes(data), FIELDS.schema, "parts"), 0.0)
     assert isinstance(header, PartsHeader)
-    heads, layers, count, *_ = header.shape
-    sums = heads * layers * count * 8
-    if len(header.sums) != sums:
-        raise Malformed(f"parts: got {len(header.sums)} bytes of checksums; expected {sums}")
-    if (payload == 0) != (sums == 0):
+    if len(header.sums) != 8 * header.heads:
+        raise Malformed(f"parts: got {len(header.sums)} bytes of checksums; expected {8 * header.heads}")
+    if (payload == 0) != (header.heads == 0):
         raise Malformed("parts: got checksums without blocks, or blocks without checksums")
     return header
 
@@ -153,11 +151,11 @@ class Intake:
     def damaged_heads(self) -> Iterator[bool]:
         """Head after head, whether it is not what its checksums say."""
         assert self.heads is not None
-        sums_KLn = np.frombuffer(self.header.sums, "<u8").reshape(self.header.shape[:3])
+        sums_K = np.frombuffer(self.header.sums, "<u8")
         part = self.header.without()._replace(staged=self.heads)
         head = 0
         for found in sums_by_head(part):
-            yield not np.array_equal(found, sums_KLn[head : head + len(found)])
+            yield not np.array_equal(found, sums_K[head : head + len(found)])
             head += len(found)
 
     def part(self) -> Parts:

@@ -54,8 +54,8 @@ def test_a_ratio_is_the_time_of_the_memcpy_over_that_of_the_move(monkeypatch):
     monkeypatch.setattr(kv.time, "perf_counter", clock)
     figures = measure(Scripted(), turns=3)
     assert figures["memcpy GB/s"] == pytest.approx(2) and figures["bare"] == pytest.approx(1)
-    assert figures["by block"] == pytest.approx(1 / 3) and figures["by block share"] == pytest.approx(2 / 3)
-    assert figures["by block ms"] == pytest.approx(6)
+    assert figures["moved"] == pytest.approx(1 / 3) and figures["checksums' share"] == pytest.approx(2 / 3)
+    assert figures["moved ms"] == pytest.approx(6)
 
 
 def test_the_bench_prints_a_row_a_pair_and_size(capsys, tmp_path):

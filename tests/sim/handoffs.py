@@ -130,7 +130,10 @@ class Walk:
     def _die(self, lane: Lane) -> None:
         self.counts["deaths"] += 1
         del self.lanes[lane.name]
-        self.counts["died"] += len(lane.targets)
+        done = self.m.State.COMMITTED, self.m.State.RELEASED
+        self.counts["died"] += sum(
+            target.state not in done or number in lane.reserved.handoffs for number, target in lane.targets.items()
+        )
         for other in self.lanes.values():
             for target in [t for t in other.targets.values() if t.source == lane.name]:
                 target.fence("dead")
@@ -220,7 +223,7 @@ class Walk:
                 self.prompts.pop(number)
                 peer = self.lanes.get(target.source)  # the front hears of it and ends what has not begun
                 source = None if peer is None else peer.sources.get(number)
-                if source is not None and not source.seated:
+                if source is not None and source.state is m.State.OFFERED:
                     source.cancel(target.reason)
 
     def _give_up(self, lane: Lane, before: int) -> bool:
