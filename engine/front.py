@@ -108,8 +108,6 @@ def _lanes(settings: Settings) -> tuple[LaneSpec, ...]:
         raise ConfigError("workers: got no --lanes; expected lanes to start, such as 'prefill:tp=1, decode:tp=1'")
     if settings.mesh != "auto":
         raise ConfigError("lanes: got --mesh as well; expected one of the two", field="lanes")
-    if settings.plan_log is not None:
-        raise ConfigError("plan_log: got a folder, with --workers; expected it without", field="plan_log")
     return parse_lanes(settings.lanes)
 
 
@@ -135,6 +133,7 @@ def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str
         max_open=settings.max_calls,
         max_wait_s=settings.max_wait,
     )
+    made.late_compiles = lambda: sum(lane.load.late_compiles for lane in made.router.lanes.values() if lane.load)
     made.describe = described(lanes, [facts[lane.name]["describe"] for lane in lanes])
     return made
 

@@ -43,6 +43,7 @@ def run(settings: Settings, slot: str, role: Role, source: IO[str], out: IO[str]
     joined = Joined(role, built.make_lane, built.names, reach, built.content, SystemClock())
     signal.signal(signal.SIGTERM, lambda *_: joined.stop())
     joined.run(lambda name: say(out, {"event": "life", "name": name}))
+    built.close()
     logging.getLogger("serac").info("left")
     return 0
 

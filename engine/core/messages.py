@@ -145,6 +145,7 @@ class Load(NamedTuple):
     cached_tokens: int
     rows: int = 0  # the lane's sizes: sequences side by side, tokens a step; 0: not said
     step_tokens: int = 0
+    late_compiles: int = 0  # programs compiled after the lane was ready; the lane's loop knows
 
 
 ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet

@@ -18,9 +18,20 @@ from engine.models.config import from_hf
 from engine.movers.geometry import Geometry
 from engine.movers.local import host_shards
 from engine.observe.metrics import Metrics
-from engine.replica.build import Progress, choose, describe, make_runner, move_sizes_of, shape_of, use_compile_cache
+from engine.replica.build import (
+    Progress,
+    choose,
+    describe,
+    make_runner,
+    move_sizes_of,
+    open_plan_log,
+    plan_header,
+    shape_of,
+    use_compile_cache,
+)
 from engine.replica.joined import Bytes
-from engine.replica.lane import Courier, Lane
+from engine.replica.lane import Courier, Device, Lane
+from engine.replica.recorded import Recorded
 from engine.runner.moves import Staged
 from engine.text.text import Text
 from engine.weights.source import resolve
@@ -30,13 +41,14 @@ logger = logging.getLogger("serac.build")
 
 
 class Built(NamedTuple):
-    """A lane that may live many times. facts: what its front must know, as JSON takes it."""
+    """A lane that may live many times, until `close`. facts: what its front must know, as JSON takes it."""
 
     make_lane: Callable[[str, Courier], Lane]
     names: Callable[[], str]
     geometry: Geometry
     content: Bytes
     facts: dict[str, object]
+    close: Callable[[], None]
 
 
 def lane(settings: Settings, slot: str, progress: Progress) -> Built:
@@ -50,13 +62,17 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
     moved = move_sizes_of(config, config.kv_heads, choice, mesh)
     runner = make_runner(settings, folder, config, choice, mesh, progress, moved)
     runner.compiles.seal()
+    metrics, clock = Metrics(CollectorRegistry()), SystemClock()
+    log = open_plan_log(settings, plan_header(slot, settings.model, folder, config, choice, mesh), metrics)
+    device: Device = runner if log is None else Recorded(runner, log)
     sizes, eos_ids = choice.sizes, tuple(text.eos_ids)
     root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
-    shape, metrics, clock = shape_of(settings, choice, config, eos_ids), Metrics(CollectorRegistry()), SystemClock()
+    shape = shape_of(settings, choice, config, eos_ids)
 
     def make_lane(name: str, courier: Courier) -> Lane:
-        runner.reset()
-        return Lane(Agent(name, Scheduler(shape, root), max(moved)), runner, clock, metrics, courier)
+        device.reset()
+        agent = Agent(name, Scheduler(shape, root), max(moved))
+        return Lane(agent, device, clock, metrics, courier, lambda: runner.compiles.late)
 
     pool = runner.state.k_PKCH
     geometry = Geometry(
@@ -80,7 +96,14 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
         "num_blocks": sizes.num_blocks,
         "describe": describe(folder, config, lanes, choice, [runner]),
     }
-    return Built(make_lane, lambda: f"{slot}.{secrets.token_hex(6)}", geometry, Bytes(leave, arrive), plain(facts))
+    return Built(
+        make_lane,
+        lambda: f"{slot}.{secrets.token_hex(6)}",
+        geometry,
+        Bytes(leave, arrive),
+        plain(facts),
+        log.close if log is not None else lambda: None,
+    )
 
 
 def leave(staged: object, count: int) -> object:

@@ -50,9 +50,15 @@ class Lane:
     """One agent, one device, one thread. `connect` says where what it says goes."""
 
     def __init__(
-        self, agent: Agent, device: Device, clock: Clock, metrics: Metrics, courier: Courier | None = None
+        self,
+        agent: Agent,
+        device: Device,
+        clock: Clock,
+        metrics: Metrics,
+        courier: Courier | None = None,
+        late_compiles: Callable[[], int] = lambda: 0,
     ):
-        self.agent, self._device = agent, device
+        self.agent, self._device, self._late_compiles = agent, device, late_compiles
         self._clock, self._metrics, self._courier = clock, metrics, courier
         self._post: Callable[[str, list[Said]], None] = lambda name, said: None
         self._inbox: deque[tuple[str, ToLane | handoff.Message]] = deque()
@@ -156,6 +162,6 @@ class Lane:
         said, self.agent.outbox = self.agent.outbox, []
         if now >= self._report_at:
             self._report_at = now + REPORT_S
-            said.append((FRONT, self.agent.load()))
+            said.append((FRONT, self.agent.load()._replace(late_compiles=self._late_compiles())))
         if said:
             self._post(self.name, said)

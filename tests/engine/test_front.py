@@ -34,7 +34,6 @@ def test_the_front_and_its_server_never_load_jax():
         ({}, "workers: got no --lanes; expected lanes to start"),
         ({"lanes": "both:tp=1", "mesh": "tp=1"}, "lanes: got --mesh as well; expected one of the two"),
         ({"lanes": "decode:tp=1"}, "lanes: got decode lanes only"),
-        ({"lanes": "both:tp=1", "plan_log": ROOT}, "plan_log: got a folder, with --workers; expected it without"),
     ],
 )
 def test_what_does_not_go_with_workers_is_refused_before_any_starts(settings, words, monkeypatch):

@@ -46,11 +46,11 @@ def alone(rows: int, asked: list[tuple[str, dict]]) -> list[list[int]]:
 class Served:
     """The embedded model on `lanes`, each in a process of its own with `rows` sequences side by side."""
 
-    def __init__(self, lanes: str, rows: int, log: Path):
+    def __init__(self, lanes: str, rows: int, log: Path, *more: str):
         command = [sys.executable, "-m", "engine.cli", "serve", "embedded", f"--lanes={lanes}", "--workers"]
         with log.open("w") as errors:
             self.front = subprocess.Popen(
-                [*command, *FLAGS, f"--max-num-seqs={rows}", "--port=0", "--admin-port=0"],
+                [*command, *FLAGS, *more, f"--max-num-seqs={rows}", "--port=0", "--admin-port=0"],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

@@ -4,11 +4,16 @@ Costs about a minute on two free cores, most of it compiling; with -m slow more:
 `-s` prints the times it took.
 """
 
+import io
 import os
 import time
 
 import pytest
 
+from engine import replay_report
+from engine.config import Settings
+from engine.core.plan import StepPlan
+from engine.observe.plan_log import PlanLog
 from tests.faults.served import Asked, Served, alone
 
 LANES = "prefill:tp=1, decode:tp=2"
@@ -24,11 +29,22 @@ def rows(request):
 
 @pytest.fixture(scope="module")
 def served(rows, tmp_path_factory):
-    served = Served(LANES, rows, tmp_path_factory.mktemp("served") / "log")
+    folder = tmp_path_factory.mktemp("served")
+    served = Served(LANES, rows, folder / "log", f"--plan-log={folder / 'plans'}")
     yield served
     workers = served.workers()
     assert served.close() == 0
     assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")], "a worker outlived its front"
+    check_logs(folder / "plans")
+
+
+def check_logs(folder):
+    """What each worker did is there, a file a process; a prefill lane's can be run again, token for token."""
+    logs = {path.name: PlanLog(path) for path in sorted(folder.iterdir())}
+    assert {"lane-p0-0001.plans", "lane-d1-0001.plans"} <= set(logs)
+    assert all(any(isinstance(record, StepPlan) for record in log.records()) for log in logs.values())
+    out = io.StringIO()
+    assert replay_report.run(logs["lane-p0-0001.plans"], Settings(numerics="invariant"), out) == 0, out.getvalue()
 
 
 @pytest.fixture(scope="module")
