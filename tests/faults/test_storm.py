@@ -1,7 +1,8 @@
 """Faults one after the other under load, drawn from a seed: processes killed and stopped, networks that damage,
 swallow and delay, clients that leave. After each, every stream is held against the same request alone.
 
-CI runs 8; `SERAC_FAULTS=300 pytest tests/faults/test_storm.py -s` runs more and says how long everything took.
+CI runs 8; `SERAC_FAULTS=300 pytest tests/faults/test_storm.py -s` runs more and says how long everything took;
+`SERAC_STOPS=60` stops processes for so many seconds.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.test_faults import SLOTS, settle, some
 
 FAULTS = int(os.environ.get("SERAC_FAULTS", "8"))
+STOPS = [float(seconds) for seconds in os.environ.get("SERAC_STOPS", "0.5 0.5 5").split()]
 STREAMS = 12
 
 
@@ -60,7 +62,7 @@ class Storm:
         self.cluster.start(slot)
 
     def stop(self, slot, rng):
-        seconds = rng.choice([0.5, 0.5, 5.0])
+        seconds = rng.choice(STOPS)
         name = self.cluster.lane(slot)
         self.cluster.pause(slot, seconds)
         if seconds > 3.0:
