@@ -35,10 +35,10 @@ def some(cluster, count, tag, tokens=60):
     ]
 
 
-def settle(cluster, answers, seconds=30.0):
+def settle(cluster, answers, seconds=30.0, back_s=20.0):
     cluster.wait(lambda: all(answer.ended for answer in answers), seconds)
     assert all(answer.right() for answer in answers)
-    cluster.wait(lambda: len(cluster.lanes) == len(SLOTS), 20.0)
+    cluster.wait(lambda: len(cluster.lanes) == len(SLOTS), back_s)
     took = cluster.wait(lambda: cluster.restored, 5.0)
     cluster.replica.router.check()
     return took

@@ -115,7 +115,7 @@ def test_streams_go_on_token_for_token_through_every_fault(storm):
         answers = some(storm.cluster, STREAMS, f"storm {number}")
         time.sleep(rng.uniform(0.0, 0.2))
         kind(storm, slot, rng)
-        storm.freed.append(settle(storm.cluster, answers, 60.0))
+        storm.freed.append(settle(storm.cluster, answers, 60.0, 20.0 + max(STOPS)))
         storm.kinds[kind.__name__] += 1
         answered += len(answers)
     slowest = {kind: f"{max(times):.2f} s" for kind, times in storm.noticed.items()}
