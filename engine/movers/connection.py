@@ -1,7 +1,7 @@
 """One connection to a peer that has proved itself: frames in, messages out, and back.
 
     control   messages, many frames a call
-    bulk      `Parts` alone, one after the other
+    bulk      `Parts` alone, one after the other; within a host their KV lies in shared memory (shared.py)
 
 Two connections to a peer, because what stands in the buffers of one, ours and the kernel's, must all leave before
 what comes after it: a heartbeat behind 64 MiB of KV would wait for its receiver to read that.
@@ -12,8 +12,9 @@ KV does not: its length is known, and it is delivered as a part without blocks.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import NamedTuple
 
 from engine.clock import Clock
@@ -23,6 +24,7 @@ from engine.movers import parts
 from engine.movers.frames import MAX_PAYLOAD, PREFIX, Prefix, check_header, frame, read_prefix
 from engine.movers.geometry import Geometry
 from engine.movers.pipe import Pipe
+from engine.movers.shared import KINDS, LEND, Shared
 from engine.movers.words import from_bytes
 from engine.observe.plan_bytes import MAX_BYTES
 
@@ -44,16 +46,28 @@ class Patience(NamedTuple):
 
 
 class Connection:
-    """To `peer`, for `way` control or bulk. `geometry` is ours, where KV may come."""
+    """To `peer`, for `way` control or bulk. `geometry` is ours, where KV may come.
+
+    shared_bytes   most memory that we share to send KV; `counts` tells how parts went
+    """
 
     def __init__(
-        self, pipe: Pipe, peer: str, way: str, geometry: Geometry | None, clock: Clock, patience: Patience
+        self,
+        pipe: Pipe,
+        peer: str,
+        way: str,
+        geometry: Geometry | None,
+        clock: Clock,
+        patience: Patience,
+        shared_bytes: int,
+        counts: Counter[str],
     ):
         self.pipe, self.peer, self.way = pipe, peer, way
         self.tasks: list[asyncio.Task] = []
         self._sending = asyncio.Lock()
         self._said = 0  # times
         self._geometry, self._clock, self._patience = geometry, clock, patience
+        self.shared = Shared(shared_bytes, geometry, counts) if way == "bulk" and pipe.local else None
 
     async def receive(self) -> object:
         """The next message. Raises Malformed, EOFError, OSError, or TimeoutError where a frame takes too long."""
@@ -70,15 +84,30 @@ class Connection:
             prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0)
             if prefix.kind == BEAT and prefix.header == prefix.payload == 0:
                 return None
-            if bulk != (prefix.kind == parts.KIND):
+            ours = KINDS if self.shared is not None else ()
+            if bulk != (prefix.kind == parts.KIND or prefix.kind in ours):
                 raise Malformed(f"frame: got kind {prefix.kind}, which does not travel on a {self.way} connection")
             limit.reschedule(began + self._patience.allowed_s(prefix))
             header = bytes(await self.pipe.take(prefix.header))
             check_header(prefix, header)
             if not bulk:
                 return from_bytes(prefix.kind, header, self._clock.now())
-            intake = await self._payload(parts.read_header(header, prefix.payload), prefix.payload)
+            if prefix.kind == parts.KIND:
+                intake = await self._payload(parts.read_header(header, prefix.payload), prefix.payload)
+            elif (intake := self._shared(prefix, header)) is None:
+                return None
         return await self._judge(intake)
+
+    def _shared(self, prefix: Prefix, header: bytes) -> parts.Intake | None:
+        if prefix.payload:
+            raise Malformed("shared: got a payload; expected none")
+        assert self.shared is not None
+        descriptor = self.pipe.handed() if prefix.kind == LEND else None
+        try:
+            return self.shared.heard(prefix.kind, header, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     async def _payload(self, header: parts.PartsHeader, payload: int) -> parts.Intake:
         if self._geometry is None:
@@ -105,17 +134,43 @@ class Connection:
         pieces: deque[bytes | memoryview] = deque()
         for item in items:
             if isinstance(item, Parts):
-                sums = []
-                for each in parts.sums_by_head(item):
-                    sums.append(each)
-                    await asyncio.sleep(0)
-                pieces.append(frame(parts.KIND, parts.header_of(item, sums), parts.num_bytes(item)))
-                pieces.extend(parts.views(item))
+                pieces.extend(await self._pieces(item))
             else:
                 pieces.append(item)
         async with self._sending:
             self._said += 1
             await self.pipe.send(pieces)
+
+    async def _pieces(self, part: Parts) -> list[bytes | memoryview]:
+        sums = []
+        for each in parts.sums_by_head(part):
+            sums.append(each)
+            await asyncio.sleep(0)
+        header = parts.header_of(part, sums)
+        if self.shared is not None:
+            await self._lend(self.shared)
+            if (placed := await self.shared.place(part, header)) is not None:
+                return [placed]
+        return [frame(parts.KIND, header, parts.num_bytes(part)), *parts.views(part)]
+
+    async def _lend(self, shared: Shared) -> None:
+        if (lent := shared.lend()) is None:
+            return
+        async with self._sending:
+            self._said += 1
+            if not await self.pipe.hand(*lent):
+                shared.stop_lending()
+
+    async def answer(self) -> None:
+        """Say what is to be said about shared memory, for as long as the connection lives."""
+        assert self.shared is not None
+        while True:
+            await self.send(await self.shared.said())
+
+    @property
+    def works(self) -> tuple[Callable[["Connection"], Coroutine], ...]:
+        """What must run beside `receive` for as long as the connection lives."""
+        return (Connection.keep,) if self.shared is None else (Connection.keep, Connection.answer)
 
     async def keep(self) -> None:
         """Say a beat where nothing else is said; raises TimeoutError when the other side is silent."""
@@ -128,9 +183,15 @@ class Connection:
                 await self.send([frame(BEAT, b"")])
         raise TimeoutError("the other side is silent")
 
+    def end(self) -> None:
+        """Close it, where its loop no longer runs."""
+        self.pipe.close()
+        if self.shared is not None:
+            self.shared.close()
+
     def close(self) -> None:
         """At once; whoever reads from it is told."""
-        self.pipe.close()
+        self.end()
         for task in self.tasks:
             if task is not asyncio.current_task():
                 task.cancel()

@@ -44,6 +44,7 @@ class Limits(NamedTuple):
 
     control_bytes: int = 32 << 20
     bulk_bytes: int = 256 << 20
+    shared_bytes: int = 256 << 20  # of memory for KV to a process of this host; 0: through sockets
     retry_s: float = 0.05  # first wait after a failed dial; doubles
     retry_most_s: float = 2.0
     patience: Patience = Patience()
@@ -182,7 +183,7 @@ class Links:
             runner.run(self._serve())
             for channel in self._channels.values():
                 for connection in channel.connections:
-                    connection.pipe.close()
+                    connection.end()
             for wire in self._fresh:
                 wire.close()
             with self._lock:
@@ -263,7 +264,8 @@ class Links:
             way = mine.way if dialing else card.way
             if card.address:
                 self._introduced(card)
-            made = Connection(pipe, card.name, way, self.geometry, self._clock, self._limits.patience)
+            about = self.geometry, self._clock, self._limits.patience, self._limits.shared_bytes, self.counts
+            made = Connection(pipe, card.name, way, *about)
         finally:
             if made is None and pipe is not None:
                 pipe.close()
@@ -331,7 +333,7 @@ class Links:
         channel.met.set()
         channel.retry_at, channel.wait_s = 0.0, self._limits.retry_s
         connection.tasks = [
-            self._spawn(self._until_over(connection, work)) for work in (self._read, Connection.keep)
+            self._spawn(self._until_over(connection, work)) for work in (self._read, *connection.works)
         ]
         self.counts["connected"] += 1
 
@@ -341,6 +343,7 @@ class Links:
             if isinstance(message, Parts) and message.staged is None:
                 self.counts["damaged"] += 1
             self._on_message(connection.peer, message)
+            del message  # or the memory of a part would be held until the next comes
 
     async def _until_over(self, connection: Connection, work: Callable[[Connection], Coroutine]) -> None:
         try:

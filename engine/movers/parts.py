@@ -133,14 +133,21 @@ def read_header(data: bytes | bytearray | memoryview, payload: int) -> PartsHead
 
 
 class Intake:
-    """Buffers of the receiver's own for one part, and the judgement of what came into them."""
+    """Buffers for one part, and the judgement of what is in them.
 
-    def __init__(self, header: PartsHeader, payload: int, geometry: Geometry):
+    They are the receiver's own, or `memory` where the whole payload lies already.
+    """
+
+    def __init__(self, header: PartsHeader, payload: int, geometry: Geometry, memory: np.ndarray | None = None):
         self.header = header
         shape, dtype = geometry.shape(header.num_blocks), geometry.numpy_dtype()
         size = int(np.prod(shape)) * dtype.itemsize
         self.fits = (header.dtype, header.shape, payload) == (geometry.dtype, shape, 2 * size)
-        self.heads = Heads(*(_empty(shape, dtype, size) for _ in range(2))) if self.fits else None
+        self.heads: Heads | None = None
+        if self.fits and memory is None:
+            self.heads = Heads(*(_empty(shape, dtype, size) for _ in range(2)))
+        elif self.fits:
+            self.heads = Heads(*(half.view(dtype).reshape(shape) for half in (memory[:size], memory[size:])))
 
     def views(self) -> Iterator[memoryview]:
         """Where the payload goes, in order."""

@@ -8,9 +8,11 @@ that moves nothing for STUCK_S raises TimeoutError. The end of the other side is
 """
 
 import asyncio
+import os
 import socket
+import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 AHEAD = 1 << 14  # bytes read before they are asked for
@@ -18,10 +20,13 @@ ONCE = 1 << 20  # most bytes of one call, so that a loop turns
 PIECES = 256  # most pieces of one call
 STUCK_S = 10.0
 TURN_S = 0.001
+RIGHTS = socket.CMSG_SPACE(4)  # bytes of one descriptor beside the others
 
 
 class Wire(Protocol):
-    """What moves bytes."""
+    """What moves bytes. `local`: both ends are of one host and may hand descriptors to each other."""
+
+    local: bool
 
     async def receive(self, into: memoryview) -> int:
         """How many bytes came, at least 1; 0 when the other side has ended."""
@@ -41,19 +46,67 @@ class PlainWire:
 
     def __init__(self, connected: socket.socket):
         connected.setblocking(False)
-        if connected.family != socket.AF_UNIX:
+        self.local = connected.family == socket.AF_UNIX
+        if not self.local:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Future | None = None
+        self._waiting: set[asyncio.Future] = set()
         self._turned_at = 0.0
+        self._handed: int | None = None
 
     async def receive(self, into: memoryview) -> int:
         """How many bytes came; 0 at the end."""
-        count = await self._loop.sock_recv_into(self._socket, into[:ONCE])
+        if self.local:
+            count = await self._receive_local(into[:ONCE])
+        else:
+            count = await self._loop.sock_recv_into(self._socket, into[:ONCE])
         await self._turn()
         return count
+
+    async def _receive_local(self, into: memoryview) -> int:
+        """Takes a descriptor that comes along, which the plain call would drop."""
+        while True:
+            try:
+                count, beside, _, _ = self._socket.recvmsg_into([into], RIGHTS, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await self._until(self._loop.add_reader, self._loop.remove_reader)
+                continue
+            for level, kind, data in beside:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._take_handed(data)
+            return count
+
+    def handed(self) -> int | None:
+        """The descriptor that came last, which is the caller's now."""
+        found, self._handed = self._handed, None
+        return found
+
+    def _take_handed(self, data: bytes) -> None:
+        """Keep the last and no other, whatever somebody sends; where there was room for one, two may have come."""
+        for start in range(0, len(data) - 3, 4):
+            self._drop_handed()
+            self._handed = int.from_bytes(data[start : start + 4], sys.byteorder)
+
+    def _drop_handed(self) -> None:
+        if (left := self.handed()) is not None:
+            os.close(left)
+
+    async def hand(self, data: bytes, descriptor: int) -> bool:
+        """Send bytes with a descriptor beside the first; False, and nothing sent, where the system refuses."""
+        beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))]
+        while True:
+            try:
+                sent = self._socket.sendmsg([data], beside)
+            except BlockingIOError:
+                await self._writable()
+            except OSError:
+                return False
+            else:
+                break
+        await self.send(deque([memoryview(data)[sent:]] if sent < len(data) else []))
+        return True
 
     async def send(self, pieces: deque[memoryview]) -> None:
         """Send all pieces."""
@@ -73,16 +126,20 @@ class PlainWire:
             await asyncio.sleep(0)
 
     async def _writable(self) -> None:
-        descriptor = self._socket.fileno()
-        self._waiting = self._loop.create_future()
-        self._loop.add_writer(descriptor, _settle, self._waiting)
+        async with asyncio.timeout(STUCK_S):
+            await self._until(self._loop.add_writer, self._loop.remove_writer)
+
+    async def _until(self, add: Callable, remove: Callable) -> None:
+        """Wait until the socket is ready for one of the two."""
+        descriptor, waiting = self._socket.fileno(), self._loop.create_future()
+        add(descriptor, _settle, waiting)
+        self._waiting.add(waiting)
         try:
-            async with asyncio.timeout(STUCK_S):
-                await self._waiting
+            await waiting
         finally:
-            self._waiting = None
+            self._waiting.discard(waiting)
             if self._socket.fileno() >= 0:
-                self._loop.remove_writer(descriptor)
+                remove(descriptor)
 
     def close(self) -> None:
         """At once."""
@@ -90,12 +147,15 @@ class PlainWire:
             self._loop.remove_reader(descriptor)
             self._loop.remove_writer(descriptor)
             self._socket.close()
-        if self._waiting is not None:
-            _settle(self._waiting)  # the next call finds the socket closed
+        self._drop_handed()
+        for waiting in self._waiting:
+            _settle(waiting)  # the next call finds the socket closed
 
 
 class TlsWire:
     """asyncio's streams, which do the TLS."""
+
+    local = False
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self._writer = reader, writer
@@ -125,6 +185,7 @@ class Pipe:
 
     def __init__(self, wire: Wire):
         self._wire = wire
+        self.local = wire.local
         self._ahead = memoryview(bytearray(AHEAD))
         self._start = self._stop = 0
         self.closed = False
@@ -172,6 +233,14 @@ class Pipe:
     async def send(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Send all pieces, in order."""
         await self._wire.send(deque(memoryview(piece) for piece in pieces if len(piece)))
+
+    async def hand(self, data: bytes, descriptor: int) -> bool:
+        """Send bytes with a descriptor; False, and nothing sent, where that cannot be."""
+        return isinstance(self._wire, PlainWire) and self.local and await self._wire.hand(data, descriptor)
+
+    def handed(self) -> int | None:
+        """A descriptor that came with what was read last; the caller closes it."""
+        return self._wire.handed() if isinstance(self._wire, PlainWire) else None
 
     def close(self) -> None:
         """At once; who waits for it fails."""
