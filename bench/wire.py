@@ -1,10 +1,11 @@
 """KV blocks from one process to another on this machine, beside copying as many bytes.
 
-    memcpy | tcp | unix | tcp bare | unix bare | memcpy | ... in turns -> ratios within each turn
+    memcpy | tcp | unix | shared | the three bare | memcpy | ... in turns -> ratios within each turn
 
 tcp, unix   `Parts` as lanes exchange them: links of two processes, checksums taken by the one and verified by the
             other, into a fresh buffer of the receiver
-bare        the same bytes over the same kind of socket and nothing else, into a buffer that is warm
+shared      the same over a unix socket whose ends share memory: checksums of the bytes where they lie
+bare        the same bytes the same way and nothing else (bench/wire_bare.py)
 
 A ratio is the time of a memcpy, between two buffers that are warm, over that of the move: above 1 is faster. A few
 parts are on their way at a time; the clock stops when the receiver has said that it has the last.
@@ -12,7 +13,6 @@ parts are on their way at a time; the clock stops when the receiver has said tha
 
 import argparse
 import asyncio
-import contextlib
 import queue
 import secrets
 import subprocess
@@ -20,26 +20,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import numpy as np
 
 from bench.record import parser, record, show
+from bench.wire_bare import TOGETHER, Bare, BareShared, lent, swallow
 from engine.core.handoff import Done, Parts
 from engine.movers import addresses
 from engine.movers.geometry import Geometry
-from engine.movers.links import Links
+from engine.movers.links import Limits, Links
 from engine.movers.parts import Heads
-from engine.movers.pipe import Pipe, PlainWire
-from engine.movers.sockets import address_of, dial, listening
+from engine.movers.sockets import address_of, listening
 
 KV_HEADS, HEAD_WIDTH, BLOCK = 8, 128, 16
 LAYER_BYTES = 2 * KV_HEADS * BLOCK * HEAD_WIDTH * 2
 SIZES = tuple(1 << power for power in (16, 18, 20, 22, 24, 26))
-TOGETHER = 4  # parts on their way
 RUN_BYTES = 64 << 20  # small parts are repeated
 MOST = 200  # times
+WAYS = ("tcp", "unix", "shared")
 
 
 def shape(size: int) -> tuple[int, int]:
@@ -71,23 +71,13 @@ def serve(size: int, secret: str, folder: str) -> None:
 
     links = Links("target", bytes.fromhex(secret), heard, lambda peer: None, geometry)
     links.start(["127.0.0.1:0", f"unix:{folder}/target.sock"])
-    bare = [listening(addresses.parse(each)) for each in ("127.0.0.1:0", f"unix:{folder}/bare.sock")]
+    names = ("127.0.0.1:0", f"unix:{folder}/bare.sock", f"unix:{folder}/shared.sock")
+    bare = [listening(addresses.parse(each)) for each in names]
     print(*links.addresses, *(address_of(each) for each in bare), flush=True)
-    threading.Thread(target=lambda: asyncio.run(_swallow(bare, size)), daemon=True).start()
+    for work in (lambda: asyncio.run(swallow(bare[:2], size)), lambda: lent(bare[2])):
+        threading.Thread(target=work, daemon=True).start()
     sys.stdin.read()
     links.close()
-
-
-async def _swallow(listeners: list, size: int) -> None:
-    async def accept(listener) -> None:
-        pipe = Pipe(PlainWire((await asyncio.get_running_loop().sock_accept(listener))[0]))
-        into = memoryview(bytearray(size))
-        with contextlib.suppress(EOFError):
-            while True:
-                await pipe.fill(into)
-                await pipe.send([b"x"])
-
-    await asyncio.gather(*map(accept, listeners))
 
 
 # -- this one ------------------------------------------------------------------------------------------------------
@@ -96,12 +86,17 @@ async def _swallow(listeners: list, size: int) -> None:
 class Way:
     """Parts over the links to an address."""
 
-    def __init__(self, address: str, secret: bytes, size: int):
+    def __init__(self, name: str, address: str, secret: bytes, size: int):
         geometry, self._part = part_of(size)
         self._done: queue.SimpleQueue[object] = queue.SimpleQueue()
-        name = f"source {address[:4]}"
+        limits = Limits() if name == "shared" else Limits(shared_bytes=0)
         self.links = Links(
-            name, secret, lambda sender, message: self._done.put(message), lambda peer: None, geometry
+            name,
+            secret,
+            lambda sender, message: self._done.put(message),
+            lambda peer: None,
+            geometry,
+            limits=limits,
         )
         self.links.start()
         self.links.meet("target", address)
@@ -116,31 +111,6 @@ class Way:
             self._done.get(timeout=60)
 
 
-class Bare:
-    """The same bytes over a socket to an address, on a loop of its own."""
-
-    def __init__(self, address: str, size: int):
-        self._loop = asyncio.new_event_loop()
-        self._pipe = self._loop.run_until_complete(dial(addresses.parse(address), None))
-        self._pieces = [memoryview(np.ones(size, np.uint8))]
-
-    def run(self, count: int) -> None:
-        """Move them `count` times."""
-        self._loop.run_until_complete(self._run(count))
-
-    async def _run(self, count: int) -> None:
-        for number in range(count):
-            if number >= TOGETHER:
-                await self._pipe.take(1)
-            await self._pipe.send(self._pieces)
-        await self._pipe.take(min(count, TOGETHER))
-
-    def close(self) -> None:
-        """End it."""
-        self._pipe.close()
-        self._loop.close()
-
-
 def measure(size: int, turns: int) -> dict[str, float]:
     """Medians over `turns`."""
     secret = secrets.token_bytes(32)
@@ -148,16 +118,23 @@ def measure(size: int, turns: int) -> dict[str, float]:
         command = [sys.executable, "-m", "bench", "wire", "--serve", str(size), secret.hex(), folder]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdin is not None and other.stdout is not None
-            found = other.stdout.readline().split()
-            ways = {name: Way(address, secret, size) for name, address in zip(("tcp", "unix"), found, strict=False)}
-            bare = {f"{name} bare": Bare(address, size) for name, address in zip(ways, found[2:], strict=True)}
-            figures = _compare({name: each.run for name, each in (ways | bare).items()}, size, turns)
-            for each in ways.values():
-                each.links.close()
-            for each in bare.values():
-                each.close()
+            tcp, unix, *bare = other.stdout.readline().split()
+            whole = {name: Way(name, tcp if name == "tcp" else unix, secret, size) for name in WAYS}
+            kinds = zip(WAYS, (Bare, Bare, BareShared), bare, strict=True)
+            ends = {f"{name} bare": kind(address, size) for name, kind, address in kinds}
+            runs = {name: each.run for name, each in (*whole.items(), *ends.items())}
+            figures = _compare(runs, size, turns) | _checked(whole["shared"].links.counts)
+            for way in whole.values():
+                way.links.close()
+            for end in ends.values():
+                end.close()
             other.stdin.close()
     return figures
+
+
+def _checked(counts: Mapping[str, int]) -> dict[str, float]:
+    """How many parts in a hundred did go through memory."""
+    return {"shared %": 100 * counts["shared"] / max(counts["shared"] + counts["unshared"], 1)}
 
 
 def _compare(runs: dict[str, Callable[[int], None]], size: int, turns: int) -> dict[str, float]:

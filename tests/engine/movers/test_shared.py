@@ -327,8 +327,8 @@ async def _insider(end, name, frames, descriptor=None):
         await greet(pipe, SECRET, Card(name, "d0", "bulk", "", GEOMETRY), True)
         if descriptor is not None:
             await pipe.hand(frames.pop(0), descriptor)
-        await pipe.send(frames)
         with contextlib.suppress(EOFError, OSError):
+            await pipe.send(frames)
             await asyncio.wait_for(pipe.take(1 << 20), 10)
     finally:
         pipe.close()
