@@ -9,6 +9,7 @@ It never imports jax: a device that fails takes its own worker along and nothing
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.core.request import Limits
 from engine.environment import gpu_problem
 from engine.errors import ConfigError, Unavailable
 from engine.lanes import LaneSpec, parse_lanes, spoken
+from engine.movers import addresses
 from engine.observe.metrics import Metrics
 from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
 from engine.replica.replica import ModelInfo, Replica
@@ -57,15 +59,18 @@ class Front:
         self._settings, self._lanes = settings, _lanes(settings)
         self._secret = secrets.token_bytes(32)
         self._replica: Replica | None = None  # until all workers are ready
+        self._folder = ""  # of the sockets where lanes listen for each other
         self._supervisor = Supervisor(_commands(settings, self._lanes), self._told)
 
     def start(self, progress: Progress) -> Replica:
         """Start the workers and wait until each has joined."""
         facts = self._supervisor.start(progress)
         made = _replica(self._settings, self._lanes, facts)
+        folder = tempfile.TemporaryDirectory(prefix="serac-", ignore_cleanup_errors=True)
+        self._folder = folder.name
+        made.on_stop += [folder.cleanup, self._supervisor.stop]  # the last is the first
         made.serve_remote(self._secret, [LISTEN])
         made.absent = self._absent
-        made.on_stop.append(self._supervisor.stop)
         self._replica = made
         for slot in self._supervisor.workers:
             self._join(slot, made)
@@ -88,10 +93,23 @@ class Front:
             self._join(slot, made)
 
     def _join(self, slot: str, made: Replica) -> None:
-        """Tell a worker where the front listens and what proves that it may come."""
+        """Tell a worker where the front listens, where it shall, and what proves that it may come."""
         assert made.remote is not None
-        words = {"front": made.remote.links.addresses[0], "secret": self._secret.hex()}
+        words = {
+            "front": made.remote.links.addresses[0],
+            "secret": self._secret.hex(),
+            "listen": self._listen(slot),
+        }
         self._supervisor.workers[slot].say(words)
+
+    def _listen(self, slot: str) -> str:
+        """Where other lanes find this one: a unix socket, so that they share memory, unless its path is too long."""
+        address = f"unix:{self._folder}/{slot}.sock"
+        try:
+            addresses.parse(address)
+        except ConfigError:
+            return LISTEN
+        return address
 
     def _absent(self, present: list[str]) -> list[LaneLoad]:
         """The lanes whose process is not there now."""

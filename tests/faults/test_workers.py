@@ -7,6 +7,7 @@ Costs about a minute on two free cores, most of it compiling; with -m slow more:
 import io
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,14 @@ def test_prompts_of_a_prefill_lane_are_decoded_as_one_device_decodes_them(served
     load = served.client.load()
     assert load["handoffs_started"] > 0 and load["moved_blocks"] > 0 and load["lanes"] == 2
     served.wait(served.restored, 5.0)
+    if hasattr(os, "memfd_create"):
+        assert all(map(shares_memory, served.workers().values())), "KV went through sockets"
+
+
+def shares_memory(pid):
+    """Whether the process has the segment that KV lies in on its way, as its own or as the other's."""
+    mapped = Path(f"/proc/{pid}/maps").read_text()
+    return "memfd:serac-kv" in mapped
 
 
 def test_streams_outlive_the_worker_that_decodes_them(served, wanted):
