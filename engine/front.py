@@ -103,7 +103,7 @@ class Front:
         self._supervisor.workers[slot].say(words)
 
     def _listen(self, slot: str) -> str:
-        """Where other lanes find this one: a unix socket, so that they share memory, unless its path is too long."""
+        """Where lanes find this one: at a unix socket, so that they share memory, unless its path is too long."""
         address = f"unix:{self._folder}/{slot}.sock"
         try:
             addresses.parse(address)
