@@ -154,7 +154,7 @@ class Connection:
         return [frame(parts.KIND, header, parts.num_bytes(part)), *parts.views(part)]
 
     async def _lend(self, shared: Shared) -> None:
-        if (lent := shared.lend()) is None:
+        if (lent := await shared.lend()) is None:
             return
         async with self._sending:
             self._said += 1

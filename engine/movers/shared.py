@@ -2,7 +2,7 @@
 
     reader                                                writer
       Want ------------------------------------------>
-      maps it, or says Want no  <---------------------  Lend(size) + descriptor: once, before its next part
+      maps it, or says Want no  <---------------------  Lend(size) + descriptor: once, before its first part
       checksums of the bytes where they lie, an array  <-- Placed(offset, size, header): the part was copied there
       Freed(offsets) -------------------------------->  once nobody holds these arrays; batched
 
@@ -32,6 +32,7 @@ SIZE, PLACE = struct.Struct("<Q"), struct.Struct("<QQ")
 AT_ONCE = 1 << 20  # bytes copied without a look at the time
 TURN_S = 0.001
 SOCKET_RATE = float(1 << 30)  # bytes a second
+ASKED_S = 1.0  # most that a first part waits for the other side to say that it wants memory
 
 
 class Shared:
@@ -42,7 +43,7 @@ class Shared:
         self._loop = asyncio.get_running_loop()
         self.arena: Arena | None = None
         self.borrowed: Borrowed | None = None
-        self._wanted = False  # by the other side
+        self._wanted, self._asked = False, asyncio.Event()  # by the other side
         self._hopeful = True  # a slot was freed since we last waited in vain
         self._room, self._due = asyncio.Event(), asyncio.Event()
         self._wants = [frame(WANT, b"\1")] if geometry is not None else []
@@ -70,6 +71,7 @@ class Shared:
 
     def _want(self, header: bytes) -> None:
         self._wanted = header == b"\1"
+        self._asked.set()
         if not self._wanted and self.arena is not None:
             self.stop_lending()
 
@@ -125,9 +127,15 @@ class Shared:
 
     # -- what is lent -------------------------------------------------------------------------------------------
 
-    def lend(self) -> tuple[bytes, int] | None:
+    async def lend(self) -> tuple[bytes, int] | None:
         """A frame and the descriptor that goes with it, where it is time for that."""
-        if not self._wanted or not self._most or self.arena is not None:
+        if not self._most or self.arena is not None:
+            return None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASKED_S):
+                await self._asked.wait()
+        self._asked.set()
+        if not self._wanted:
             return None
         try:
             self.arena = Arena(self._most)
@@ -191,3 +199,4 @@ class Shared:
         if self.arena is not None:
             self.arena.close()
         self.arena = self.borrowed = None
+        self._asked.set()

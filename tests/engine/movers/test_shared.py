@@ -119,6 +119,25 @@ def test_parts_of_every_size_cross_both_ways_as_they_were(pair):
     assert here.counts["shared"] + there.counts["shared"] == before + 2 * len(drawn)
 
 
+def test_the_first_part_lies_in_memory_already(made):
+    here, there = made("p0"), made("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    here.links.post("d0", part(1))
+    assert same(there.get(), part(1)) and here.counts["shared"] == 1 and here.counts["unshared"] == 0
+
+
+def test_who_is_never_asked_for_memory_waits_once(made, monkeypatch):
+    monkeypatch.setattr(shared, "ASKED_S", 0.3)
+    monkeypatch.setattr(Shared, "_want", lambda self, header: None)
+    here, there = made("p0"), made("d0")
+    here.links.meet("d0", there.links.addresses[0])
+    began = time.monotonic()
+    for number in range(20):
+        here.links.post("d0", part(number))
+        assert same(there.get(), part(number))
+    assert 0.3 < time.monotonic() - began < 3.0 and not here.counts["shared"]
+
+
 def test_what_comes_lies_in_the_memory_and_cannot_be_written(pair):
     here, there = pair
     sent = part(1)
