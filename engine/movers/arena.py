@@ -32,6 +32,11 @@ MOST_BYTES = 1 << 36  # of a segment that a reader maps
 SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 
 
+def available() -> bool:
+    """Whether this system has such memory; Linux does."""
+    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+
+
 class Slots:
     """Ranges of a segment that are in use, none over another."""
 
@@ -83,8 +88,8 @@ class Arena:
     """The writer's end. Raises OSError where the system has no such memory."""
 
     def __init__(self, num_bytes: int):
-        if not hasattr(os, "memfd_create"):
-            raise OSError("no memfd_create on this system")
+        if not available():
+            raise OSError("no memory to share on this system")
         self.slots = Slots(num_bytes)
         self.descriptor = os.memfd_create("serac-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._written = 0  # up to here pages are there

@@ -21,6 +21,7 @@ PIECES = 256  # most pieces of one call
 STUCK_S = 10.0
 TURN_S = 0.001
 RIGHTS = socket.CMSG_SPACE(4)  # bytes of one descriptor beside the others
+CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # not on every system
 
 
 class Wire(Protocol):
@@ -69,7 +70,7 @@ class PlainWire:
         """Takes a descriptor that comes along, which the plain call would drop."""
         while True:
             try:
-                count, beside, _, _ = self._socket.recvmsg_into([into], RIGHTS, socket.MSG_CMSG_CLOEXEC)
+                count, beside, _, _ = self._socket.recvmsg_into([into], RIGHTS, CLOSED_ON_EXEC)
             except BlockingIOError:
                 await self._until(self._loop.add_reader, self._loop.remove_reader)
                 continue

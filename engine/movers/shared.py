@@ -23,7 +23,7 @@ import numpy as np
 from engine.core.handoff import Parts
 from engine.errors import Malformed
 from engine.movers import parts
-from engine.movers.arena import MOST_SLOTS, Arena, Borrowed
+from engine.movers.arena import MOST_SLOTS, Arena, Borrowed, available
 from engine.movers.frames import frame
 from engine.movers.geometry import Geometry
 
@@ -46,7 +46,7 @@ class Shared:
         self._wanted, self._asked = False, asyncio.Event()  # by the other side
         self._hopeful = True  # a slot was freed since we last waited in vain
         self._room, self._due = asyncio.Event(), asyncio.Event()
-        self._wants = [frame(WANT, b"\1")] if geometry is not None else []
+        self._wants = [frame(WANT, b"\1" if available() else b"\0")] if geometry is not None else []
         self._stirred = False
         self._declined = False
 
@@ -72,12 +72,12 @@ class Shared:
     def _want(self, header: bytes) -> None:
         self._wanted = header == b"\1"
         self._asked.set()
-        if not self._wanted and self.arena is not None:
+        if not self._wanted and self._most:
             self.stop_lending()
 
     def _borrow(self, size: int, descriptor: int | None) -> None:
-        if self.borrowed is not None or self._declined:
-            raise Malformed("shared: got memory a second time")
+        if self.borrowed is not None or self._declined or not available():
+            raise Malformed("shared: got memory a second time, or unasked")
         try:
             if descriptor is None:
                 raise OSError("it was lost on the way")

@@ -331,6 +331,31 @@ def test_a_system_without_such_memory_uses_sockets_and_counts_that(made, monkeyp
     assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
 
 
+def test_a_system_that_has_no_such_memory_left_uses_sockets_and_counts_that(made, monkeypatch):
+    def none_left(size):
+        raise OSError(12, "none left")
+
+    monkeypatch.setattr(shared, "Arena", none_left)
+    here, there = made("p0"), made("d0")
+    opened(here, there, "unlent")
+    here.links.post("d0", part(3))
+    assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
+
+
+def test_a_system_that_has_no_memory_left_for_pages_sends_this_part_through_the_socket(pair, monkeypatch):
+    here, there = pair
+
+    def none_left(*_):
+        raise OSError(28, "none left")
+
+    monkeypatch.setattr(os, "posix_fallocate", none_left)
+    here.links.post("d0", part(3, 32))
+    assert same(there.get(), part(3, 32)) and here.counts["unshared"] == 1
+    here.links.post("d0", part(4))
+    assert same(there.get(), part(4)) and here.counts["unshared"] == 1, "it fits the pages that are there"
+    until(lambda: len(here.arena("d0").slots) == 0)
+
+
 def test_a_system_that_passes_no_descriptors_uses_sockets_and_counts_that(made, monkeypatch):
     async def refuses(self, data, descriptor):
         return False
