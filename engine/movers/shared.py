@@ -135,7 +135,7 @@ class Shared:
             async with asyncio.timeout(ASKED_S):
                 await self._asked.wait()
         self._asked.set()
-        if not self._wanted:
+        if not self._wanted or not self._most:
             return None
         try:
             self.arena = Arena(self._most)
@@ -199,4 +199,5 @@ class Shared:
         if self.arena is not None:
             self.arena.close()
         self.arena = self.borrowed = None
+        self._most = 0
         self._asked.set()

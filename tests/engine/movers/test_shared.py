@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,19 @@ def test_arrays_outlive_their_connection_and_its_end_is_no_trouble(made):
     there.links.close()
     assert same(held[0], part(0))
     held.clear()  # a loop that has ended is told nothing
+
+
+def test_a_connection_that_is_closed_lends_nothing_more():
+    async def closed_while_it_waits():
+        counts = Counter()
+        ended = Shared(ROOM, GEOMETRY, counts)
+        lending = asyncio.create_task(ended.lend())
+        await asyncio.sleep(0)
+        ended.heard(WANT, b"\1", None)
+        ended.close()
+        return await lending, await ended.lend(), ended.arena, counts
+
+    assert asyncio.run(closed_while_it_waits()) == (None, None, None, {})
 
 
 def test_connections_that_come_and_go_leave_no_descriptor_behind(made):
