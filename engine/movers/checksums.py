@@ -13,16 +13,17 @@ from xxhash import xxh3_64
 
 def checksums(keys_KLnCH: np.ndarray, values_KLnCH: np.ndarray) -> np.ndarray:
     """uint64 [K]; heads, layers and blocks may be cut out of larger arrays."""
-    heads = len(keys_KLnCH)
-    states = [xxh3_64() for _ in range(heads)]
-    for array_KLnCH in (keys_KLnCH, values_KLnCH):
-        for state, head in zip(states, array_KLnCH, strict=True):
-            for run in _runs(head):
-                state.update(run)
-    return np.array([state.intdigest() for state in states], np.uint64)
+    found = []
+    for keys, values in zip(_lines(keys_KLnCH), _lines(values_KLnCH), strict=True):
+        state = xxh3_64()
+        for line in (*keys, *values):
+            state.update(line)
+        found.append(state.intdigest())
+    return np.array(found, np.uint64)
 
 
-def _runs(head_LnCH: np.ndarray) -> np.ndarray:
-    """Bytes [L, n * tile], or in one line where all stand together."""
-    lines = 1 if head_LnCH.flags.c_contiguous else len(head_LnCH)
-    return head_LnCH.reshape(lines, head_LnCH.size // lines).view(np.uint8)
+def _lines(array_KLnCH: np.ndarray) -> np.ndarray:
+    """Bytes [K, 1, L * n * tile] where a head stands together, else [K, L, n * tile]."""
+    heads, layers = array_KLnCH.shape[:2]
+    lines = 1 if array_KLnCH[0].flags.c_contiguous else layers
+    return array_KLnCH.reshape(heads, lines, array_KLnCH[0].size // lines).view(np.uint8)
