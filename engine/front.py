@@ -151,6 +151,7 @@ def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str
         max_open=settings.max_calls,
         max_wait_s=settings.max_wait,
     )
+    made.block_bytes = first["block_bytes"]
     made.late_compiles = lambda: sum(lane.load.late_compiles for lane in made.router.lanes.values() if lane.load)
     made.describe = described(lanes, [facts[lane.name]["describe"] for lane in lanes])
     return made

@@ -119,6 +119,7 @@ def screen(moment: Moment, before: Moment | None) -> list[str]:
     load = moment.load
     rows = [("lane", "role", "state", "running", "waiting", "blocks")] + [_row(lane) for lane in moment.lanes]
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    again = _count(load, "handoffs_asked_again")
     passing = [f"{_count(load, f'handoffs_{state}')} {state}" for state in PASSING]
     return [
         f"{moment.title}  {moment.state}, up {_duration(moment.uptime_s)}",
@@ -126,7 +127,7 @@ def screen(moment: Moment, before: Moment | None) -> list[str]:
         f"requests   {_count(load, 'open_requests')} open, {_count(load, 'running')} sequences run, "
         f"{_count(load, 'waiting')} wait",
         f"tokens     {_rate(moment.per_s('generated_tokens', before))}, {_count(load, 'generated_tokens')} in all",
-        f"handoffs   {_count(load, 'handoffs_started')} in all; now {', '.join(passing)}",
+        f"handoffs   {_count(load, 'handoffs_started')} in all, {again} asked again; now {', '.join(passing)}",
         f"moved      {_count(load, 'moved_blocks')} blocks, {_rate(moment.per_s('moved_blocks', before))}",
         f"recovered  {_count(load, 'recoveries')} streams",
         "",

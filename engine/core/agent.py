@@ -67,7 +67,7 @@ class Agent:
         self.work: list[Gather | Scatter] = []
         self.targets: dict[int, Target] = {}
         self.sources: dict[int, Source] = {}
-        self.moved_blocks = self.steps = 0
+        self.moved_blocks = self.steps = self.asked_again = 0
         self._expected: dict[int, Expect] = {}
         self._prompts: dict[int, Sequence] = {}  # what `sources` read from
         self._early: OrderedDict[int, str] = OrderedDict()  # offers: who made them
@@ -254,6 +254,7 @@ class Agent:
             else:
                 self.scheduler.reserved.drop(target.handoff)
         if target.state in OVER:
+            self.asked_again += max(target.generation - 1, 0)
             del self.targets[target.handoff]
             if self._expected.pop(target.handoff, None) is not None:
                 self.scheduler.reserved.drop(target.handoff)
@@ -351,6 +352,7 @@ class Agent:
             scheduler.cached_tokens,
             scheduler.shape.max_rows,
             scheduler.shape.max_tokens,
+            asked_again=self.asked_again,
         )
 
     def check(self) -> None:

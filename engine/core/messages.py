@@ -126,7 +126,7 @@ class Failed(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a lane has to do and to spare. Counts of this moment but for five totals and two sizes."""
+    """What a lane has to do and to spare. Counts of this moment but for seven totals and two sizes."""
 
     running: int
     waiting: int
@@ -146,6 +146,7 @@ class Load(NamedTuple):
     rows: int = 0  # the lane's sizes: sequences side by side, tokens a step; 0: not said
     step_tokens: int = 0
     late_compiles: int = 0  # programs compiled after the lane was ready; the lane's loop knows
+    asked_again: int = 0  # times that blocks were asked for once more, of handoffs that are over
 
 
 ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet

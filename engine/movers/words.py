@@ -209,7 +209,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
     37: (messages.Failed, group(messages.Failed, HANDOFF, text("re", WORDS), _error())),
     38: (
         messages.Load,
-        group(messages.Load, *(whole(f"n{k}") for k in range(9)), _loads(), *(whole(f"t{k}") for k in range(8))),
+        group(messages.Load, *(whole(f"n{k}") for k in range(9)), _loads(), *(whole(f"t{k}") for k in range(9))),
     ),
 }
 BETWEEN: Mapping[int, tuple[type, Field]] = {

@@ -93,6 +93,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     for runner in runners:
         runner.compiles.seal()
     made.describe = describe(folder, config, lanes, choices[0], runners)
+    made.block_bytes = block_bytes_of(config, config.kv_heads, choices[0])
     return made
 
 
@@ -112,9 +113,13 @@ def shape_of(settings: Settings, choice: Choice, config: ModelConfig, eos_ids: t
 
 def move_sizes_of(config: ModelConfig, heads: int, choice: Choice, mesh: Mesh) -> tuple[int, ...]:
     """How many blocks move at once, where `heads` kv heads are on one device."""
-    sizes, itemsize = choice.sizes, choice.dtype.itemsize
-    block_bytes = config.num_layers * heads * sizes.block_size * config.head_width * itemsize
-    return move_sizes(block_bytes, sizes.table_width, platform_of(mesh.devices.flat[0]))
+    keys_bytes = block_bytes_of(config, heads, choice) // 2
+    return move_sizes(keys_bytes, choice.sizes.table_width, platform_of(mesh.devices.flat[0]))
+
+
+def block_bytes_of(config: ModelConfig, heads: int, choice: Choice) -> int:
+    """Keys and values of `heads` kv heads, of all layers, in one block."""
+    return 2 * config.num_layers * heads * choice.sizes.block_size * config.head_width * choice.dtype.itemsize
 
 
 def _courier(

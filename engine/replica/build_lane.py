@@ -20,6 +20,7 @@ from engine.movers.local import host_shards
 from engine.observe.metrics import Metrics
 from engine.replica.build import (
     Progress,
+    block_bytes_of,
     choose,
     describe,
     make_runner,
@@ -93,6 +94,7 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
         "vocab": config.vocab,
         "eos_ids": list(eos_ids),
         "block_size": sizes.block_size,
+        "block_bytes": block_bytes_of(config, config.kv_heads, choice),
         "num_blocks": sizes.num_blocks,
         "describe": describe(folder, config, lanes, choice, [runner]),
     }

@@ -29,6 +29,7 @@ FIELDS = {  # of a lane's report, by the name of their gauge
     "cached_tokens": "cached_tokens",
     "steps": "steps",
     "moved_blocks": "moved_blocks",
+    "handoffs_asked_again": "asked_again",
 }
 HANDOFFS = {f"handoffs_{state.value}": state.value for state in State}
 

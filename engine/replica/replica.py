@@ -92,6 +92,7 @@ class Replica:
         self.dispatch: Callable[[Callable[[], None]], None] = lambda call: call()
         self.describe: Mapping[str, object] = {}
         self.late_compiles: Callable[[], int] = lambda: 0
+        self.block_bytes = 0  # of the KV of one block, all heads together
         self.on_stop: list[Callable[[], None]] = []
         self.remote: Remote | None = None
         self.generated_tokens = 0
@@ -304,8 +305,9 @@ class Replica:
         load = self.load()
         for name in ("running", "waiting", "steps", "preemptions", "compilations_after_ready", "moved_blocks"):
             self.metrics.set(name, load[name])
-        for name in ("recoveries", "handoffs_started"):
+        for name in ("recoveries", "handoffs_started", "handoffs_asked_again"):
             self.metrics.set(name, load[name])
+        self.metrics.set("moved_bytes", load["moved_blocks"] * self.block_bytes)
         for state, count in block_states(load).items():
             self.metrics.set("blocks", count, state)
         for state in State:

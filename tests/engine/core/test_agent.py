@@ -180,7 +180,7 @@ def test_damaged_parts_are_asked_for_again_and_too_many_end_the_attempt():
         pair.passes = damage
         request = pair.hand(100, 1, ids(20), max_tokens=4)
         pair.run(3000)
-        assert pair.restored
+        assert pair.restored and pair.places["d"].agent.load().asked_again == 2
         assert (pair.tokens.get(1) == expected(request, 1, 4)) == whole
         assert [failed.reason for failed in pair.told(Failed)] == (
             [] if whole else ["3 parts in a row came damaged"]

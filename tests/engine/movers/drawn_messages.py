@@ -145,7 +145,7 @@ class Drawn:
             messages.Over: lambda: messages.Over(n(), self.words(), self.maybe(n()), self.error()),
             messages.Committed: lambda: messages.Committed(n()),
             messages.Failed: lambda: messages.Failed(n(), self.words(), self.error()),
-            messages.Load: lambda: messages.Load(*(n() for _ in range(9)), states, *(n() for _ in range(8))),
+            messages.Load: lambda: messages.Load(*(n() for _ in range(9)), states, *(n() for _ in range(9))),
             handoff.Fetch: lambda: handoff.Fetch(n(), n(), n(), n(), rng.randbytes(16)),
             handoff.Withdrawn: lambda: handoff.Withdrawn(n(), n()),
             handoff.Stopped: lambda: handoff.Stopped(n(), rng.choice(["cancelled", "complete", "unknown"])),

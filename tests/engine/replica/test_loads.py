@@ -24,6 +24,9 @@ def test_every_lane_tells_its_own_and_the_replica_their_sum(life):
         assert sum(block_states(load).values()) == load["blocks"]
         life.turn()
     assert load["lanes"] == 2 and load["handoffs_started"] == 1 and load["generated_tokens"] == 3
+    life.replica.block_bytes = 64
+    life.replica.refresh()
+    assert life.replica.metrics.value("moved_bytes") == 64 * load["moved_blocks"]
     assert load["moved_blocks"] > 0 and decode.gauges["moved_blocks"] + prefill.gauges["moved_blocks"] > 0
 
 

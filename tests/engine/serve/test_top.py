@@ -88,7 +88,10 @@ def test_a_person_gets_one_screen_that_is_written_over(client, lanes):
     assert re.fullmatch(r"serac 1 tiny r1  ready, up \d+ s", lines[0])
     assert "requests   0 open, 2 sequences run, 1 wait" in lines and "recovered  2 streams" in lines
     assert "tokens     0 a second, 1,000 in all" in lines and "moved      73 blocks, 33 a second" in lines
-    assert any(line.startswith("handoffs   0 in all; now 0 offered, 0 reserved, 3 copying,") for line in lines)
+    assert any(
+        line.startswith("handoffs   0 in all, 0 asked again; now 0 offered, 0 reserved, 3 copying,")
+        for line in lines
+    )
     blocks = "########+!======................  25 held, 20 cached, 1 quarantined, 4 writing, 50 free"
     assert f"d1    decode   ready           2        1  {blocks}" in lines
     assert "p0    prefill  starting" in lines
