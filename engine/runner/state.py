@@ -65,12 +65,14 @@ def empty_state(config: ModelConfig, sizes: Sizes, mesh: Mesh, dtype: np.dtype) 
     shape = (config.num_layers * sizes.num_blocks, config.kv_heads, sizes.block_size, config.head_width)
     held = pool_dtype(dtype, mesh.devices.flat[0].platform)
     lines = (sizes.max_rows, sizes.max_length), (sizes.max_rows, sizes.table_width)
+    program = jax.jit(_zeros, static_argnums=(0, 1, 2), out_shardings=shardings(mesh, STATE))
+    return program(shape, held, lines)
 
-    def zeros() -> State:
-        pools = [jnp.zeros(shape, held) for _ in range(2)]
-        return State(*pools, *(jnp.zeros(line, jnp.int32) for line in lines))
 
-    return jax.jit(zeros, out_shardings=shardings(mesh, STATE))()
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, lines: tuple[tuple[int, int], ...]) -> State:
+    """A function of the module, so that JAX knows its program when the state is made anew."""
+    pools = [jnp.zeros(shape, dtype) for _ in range(2)]
+    return State(*pools, *(jnp.zeros(line, jnp.int32) for line in lines))
 
 
 def empty_draws(sizes: Sizes, mesh: Mesh) -> Draws:

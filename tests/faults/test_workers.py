@@ -78,6 +78,7 @@ def test_prompts_of_a_prefill_lane_are_decoded_as_one_device_decodes_them(served
     assert [answer.result() for answer in ask(served)] == wanted
     load = served.client.load()
     assert load["handoffs_started"] > 0 and load["moved_blocks"] > 0 and load["lanes"] == 2
+    assert load["compilations_after_ready"] == 0
     served.wait(served.restored, 5.0)
     if hasattr(os, "memfd_create"):
         assert all(map(shares_memory, served.workers().values())), "KV went through sockets"

@@ -286,6 +286,9 @@ def test_a_runner_that_moves_compiles_two_programs_a_size_and_none_later(make_ru
     again = to_host(runner.gather([8, 6, 7]), 3)
     assert np.array_equal(again[0], keys[:, :, :3]) and np.array_equal(again[1], values[:, :, :3])
     runner.collect()
+    runner.reset()
+    prefill(runner, prompt(1), [1, 2, 3, 4])
+    runner.collect()
     assert runner.compiles.late == 0
 
 
