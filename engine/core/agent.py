@@ -35,7 +35,6 @@ from engine.core.messages import (
 from engine.core.plan import StepPlan, StepResult
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
-from engine.core.sequence import State as Waits
 
 PART_BLOCKS = 16  # most blocks in one part, unless the lane says otherwise
 EARLY = 256  # offers that came before the front's word of them, kept for it
@@ -83,7 +82,7 @@ class Agent:
             case Submit():
                 self.scheduler.submit(*message)
             case Expect():
-                self._expect(now, message)
+                self._expect(message)
             case Prefill():
                 self._prefill(message)
             case Cancel():
@@ -99,11 +98,11 @@ class Agent:
             case _:
                 self._to_target(now, sender, message)
 
-    def _expect(self, now: float, message: Expect) -> None:
+    def _expect(self, message: Expect) -> None:
         tokens = _known(message.submit)
         total = -(-(tokens - 1) // self.scheduler.shape.block_size)
         self._expected[message.handoff] = message
-        target = Target(message.handoff, message.source, total, ticket=message.ticket, moved_at=now)
+        target = Target(message.handoff, message.source, total, ticket=message.ticket)
         target.offered = self._early.pop(message.handoff, None) == message.source
         self.targets[message.handoff] = target
 
@@ -230,6 +229,8 @@ class Agent:
 
     def _reserve(self, now: float, target: Target) -> bool:
         """Hold blocks for `target` and ask for what is missing; False while there is no room."""
+        if self.scheduler.suspects:  # tried one after the other, each with the whole pool
+            return False
         submit = self._expected[target.handoff].submit
         count = -(-_known(submit) // self.scheduler.shape.block_size)
         while not arrivals.room(self.scheduler, count, target.handoff):
@@ -272,13 +273,9 @@ class Agent:
         if source.state in OVER:
             del self.sources[source.handoff], self._prompts[source.handoff]
             self.scheduler.cancel(sequence, source.reason or "done")
-            self._forget(source.handoff, source.reason)
-
-    def _forget(self, number: int, reason: str) -> None:
-        """Remember of a source only that it is over."""
-        self._over.setdefault(number, reason)
-        while len(self._over) > REMEMBERED:
-            self._over.popitem(last=False)
+            self._over[source.handoff] = source.reason
+            while len(self._over) > REMEMBERED:
+                self._over.popitem(last=False)
 
     def _take_events(self) -> None:
         for event in self.scheduler.take_events():
@@ -297,7 +294,7 @@ class Agent:
     def _computed(self, sequence: Sequence, positions: int) -> None:
         if (source := self.sources.get(sequence.serial)) is None:
             return
-        if sequence.state is Waits.WAITING:
+        if sequence.waits:
             source.unseated()
         else:
             size, whole = self.scheduler.shape.block_size, positions == len(sequence.tokens) - 1

@@ -22,6 +22,7 @@ Source: DESIGN.md, "The handoff"; RELIABILITY.md 2.3, rules R1-R7.
 
 from dataclasses import dataclass
 from enum import Enum
+from hmac import compare_digest
 from typing import NamedTuple
 
 CREDIT = 32  # blocks that a target asks for ahead
@@ -278,7 +279,7 @@ class Source:
         return []
 
     def _fetch(self, fetch: Fetch) -> list[Message]:
-        if fetch.ticket != self.ticket:
+        if not compare_digest(fetch.ticket, self.ticket):
             return []
         if self.state in OVER:
             return [Gone(self.handoff, self.reason or "it is over")]

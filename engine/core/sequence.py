@@ -72,6 +72,11 @@ class Sequence:
         return self.draw.prompt_length
 
     @property
+    def waits(self) -> bool:
+        """It has no row, and blocks only if they came from another lane."""
+        return self.state is State.WAITING
+
+    @property
     def scores(self) -> bool:
         """Prompt tokens are still to be scored."""
         return self.request.sampling.prompt_logprobs is not None and self.choice == 0 and (

@@ -118,7 +118,7 @@ def move_sizes_of(config: ModelConfig, heads: int, choice: Choice, mesh: Mesh) -
 
 
 def block_bytes_of(config: ModelConfig, heads: int, choice: Choice) -> int:
-    """Keys and values of `heads` kv heads, of all layers, in one block."""
+    """Bytes of the keys and values of `heads` kv heads, of all layers, in one block."""
     return 2 * config.num_layers * heads * choice.sizes.block_size * config.head_width * choice.dtype.itemsize
 
 

@@ -104,7 +104,7 @@ class Walk:
                 self.offered += 1
                 number, peer = self.offered, self.rng.choice([other for other in names if other != name])
                 prompt = self.prompts[number] = self._prompt(number)
-                lane.targets[number] = self.m.Target(number, peer, len(prompt.kv), moved_at=self.now)
+                lane.targets[number] = self.m.Target(number, peer, len(prompt.kv))
                 self.lanes[peer].sources[number] = self.m.Source(number, name, len(prompt.kv))
 
     def _prompt(self, number: int) -> Prompt:

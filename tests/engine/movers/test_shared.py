@@ -91,6 +91,12 @@ def opened(here, there, count="shared"):
     until(lambda: count != "shared" or len(here.arena(there.name).slots) == 0)
 
 
+def lends_nothing(here, there):
+    opened(here, there, "unlent")
+    here.links.post("d0", part(3))
+    assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
+
+
 def until(holds, timeout=10):
     end = time.monotonic() + timeout
     while not holds():
@@ -340,9 +346,7 @@ def test_connections_that_come_and_go_leave_no_descriptor_behind(made):
 def test_a_system_without_such_memory_uses_sockets_and_counts_that(made, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     here, there = made("p0"), made("d0")
-    opened(here, there, "unlent")
-    here.links.post("d0", part(3))
-    assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
+    lends_nothing(here, there)
 
 
 def test_a_system_that_has_no_such_memory_left_uses_sockets_and_counts_that(made, monkeypatch):
@@ -351,9 +355,7 @@ def test_a_system_that_has_no_such_memory_left_uses_sockets_and_counts_that(made
 
     monkeypatch.setattr(shared, "Arena", none_left)
     here, there = made("p0"), made("d0")
-    opened(here, there, "unlent")
-    here.links.post("d0", part(3))
-    assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
+    lends_nothing(here, there)
 
 
 def test_a_system_that_has_no_memory_left_for_pages_sends_this_part_through_the_socket(pair, monkeypatch):
@@ -376,9 +378,7 @@ def test_a_system_that_passes_no_descriptors_uses_sockets_and_counts_that(made, 
 
     monkeypatch.setattr(PlainWire, "hand", refuses)
     here, there = made("p0"), made("d0")
-    opened(here, there, "unlent")
-    here.links.post("d0", part(3))
-    assert same(there.get(), part(3)) and here.counts["unlent"] == 1 and not here.counts["shared"]
+    lends_nothing(here, there)
 
 
 def test_a_descriptor_that_is_lost_on_the_way_costs_a_part_and_sockets_are_used(made, monkeypatch):
