@@ -6,7 +6,7 @@ uint16 on CPU, where XLA would convert a whole bfloat16 pool to float32 and back
 
 import jax
 
-from pallas_kernels.rows import as_stored
+from pallas_kernels.pools import as_stored
 
 
 def write_kv(

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.rows import Rows, as_numbers
+from pallas_kernels.pools import as_numbers
+from pallas_kernels.rows import Rows
 
 QUERY_TILE = 64
 TILE = 128  # positions, unless a block is longer

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.rows import as_numbers
+from pallas_kernels.pools import as_numbers
 
 TILE = 64  # positions, unless a block is longer
 GROUP_BYTES = 1 << 20

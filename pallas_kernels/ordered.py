@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.numerics import tree_sum
-from pallas_kernels.rows import Rows, as_numbers
+from pallas_kernels.pools import as_numbers
+from pallas_kernels.rows import Rows
 
 QUERY_TILE = 8
 TILE = 64

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.rows import Rows, as_numbers, owners
+from pallas_kernels.pools import as_numbers
+from pallas_kernels.rows import Rows, owners
 
 
 def attention(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 class Rows(NamedTuple):
@@ -41,13 +40,3 @@ def owners(rows: Rows, num_tokens: int) -> Owners:
     row_T = jnp.argmax(owned_TB, axis=1).astype(jnp.int32)
     position_T = jnp.where(live_T, rows.start_B[row_T] + token_T - rows.first_B[row_T], 0)
     return Owners(row_T, position_T, live_T)
-
-
-def as_numbers(x: jax.Array) -> jax.Array:
-    """Pool contents as numbers: bfloat16 is held as uint16 where XLA would widen a bfloat16 scatter."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-
-def as_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Numbers as a pool of `dtype` holds them; the inverse of `as_numbers`."""
-    return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if dtype == jnp.uint16 else x.astype(dtype)
