@@ -1,0 +1,95 @@
+"""Mosaic GPU kernels on a machine without a GPU: every barrier, copy and thread is played by the host.
+
+    with interpreted():              shared memory and outputs start as NaN, a read out of bounds raises
+    with interpreted(races=True):    and two unordered accesses, one of them a write, fail the test
+    with watched() as race:          and `race()` tells whether there were any, for planted bugs
+
+Jax's interpreter lacks products whose left operand is in registers; `multiply_registers` adds them. Whoever
+imports this module is skipped where jax is older than its interpreter. A call costs seconds: tiny shapes only.
+"""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip("Mosaic interpretation needs jax 0.11", allow_module_level=True)
+
+
+@contextlib.contextmanager
+def interpreted(races=False):
+    """Kernels traced and run within are interpreted. Results must be computed within, too."""
+    with watched(races) as race:
+        yield
+        jax.effects_barrier()
+        assert not race(), "a race was found: jax printed the two accesses"
+
+
+@contextlib.contextmanager
+def watched(races=True):
+    """As `interpreted`, and gives a function that tells whether any kernel run so far had a race."""
+    states = []
+
+    def remember(*args, **kwargs):
+        states.append(state(*args, **kwargs))
+        return states[-1]
+
+    interpreter = jaxpr_interpret.JaxprInterpreter
+    state, product = gpu_callbacks.GPURaceDetectionState, interpreter._interpret_wgmma_ref_p
+    gpu_callbacks.GPURaceDetectionState = remember
+    interpreter._interpret_wgmma_ref_p = functools.partialmethod(multiply, shared=product)
+    try:
+        params = InterpretGPUParams(detect_races=races, uninitialized_memory="nan", out_of_bounds_reads="raise")
+        with force_gpu_interpret_mode(params):
+            yield lambda: any(seen.races_found for seen in states)
+            jax.effects_barrier()
+    finally:
+        gpu_callbacks.GPURaceDetectionState = state
+        interpreter._interpret_wgmma_ref_p = product
+        gpu_callbacks.reset_gpu_interpret_mode_state()  # an exception leaves memory behind
+
+
+def multiply(interpreter, eqn, token, get_invals, shared):
+    """A product on tensor cores: jax's own where both operands are in shared memory."""
+    if hasattr(eqn.invars[1].aval, "inner_aval"):
+        return shared(interpreter, eqn, token, get_invals)
+    sum_key, a, b_key, *leaves = get_invals()
+    trees = [eqn.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
+    of_sum, _, of_b = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    sum_key, of_sum = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, sum_key, of_sum)
+    b_key, of_b = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b_key, of_b)
+    token = callback.io_callback(
+        functools.partial(multiply_registers, source_info=eqn.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        a=a,
+        operands=((sum_key, of_sum), (b_key, of_b)),
+        mesh_location=interpreter.mesh_location,
+        thread=interpreter.thread,
+    )
+    return token, []
+
+
+@gpu_callbacks.fail_on_exception
+def multiply_registers(*, token, a, operands, mesh_location, thread, source_info):
+    """sum += a . b with a in registers."""
+    memory = gpu_callbacks._get_shared_memory()
+    note = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    keys = [gpu_callbacks.HostAllocationKey.from_array(key) for key, _ in operands]
+    places = [
+        memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+        for key, (_, transforms) in zip(keys, operands, strict=True)
+    ]
+    (old, _, _), (b, _, _) = (
+        memory.get_buffer_content(key, place, thread, logging_info=note)
+        for key, place in zip(keys, places, strict=True)
+    )
+    added = np.matmul(np.asarray(a).astype(np.float32), b.astype(np.float32)).astype(old.dtype)
+    memory.store_buffer_content(keys[0], places[0], old + added, thread, logging_info=note)
+    return token
