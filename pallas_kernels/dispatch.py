@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import decode_triton, ordered, ragged
+from pallas_kernels import ordered, ragged
 from pallas_kernels.blocks import write_kv
 from pallas_kernels.rows import Rows
+from pallas_kernels.triton import decode as triton_decode
 
 Numerics = Literal["fast", "invariant"]
 
@@ -61,7 +62,7 @@ def attention(
     if choice.name == "ordered":
         return ordered.attention(q_TNH, k_PKCH, v_PKCH, rows, **shared)
     if choice.name == "decode_triton":
-        return ragged.decode_with(decode_triton.attend, q_TNH, k_PKCH, v_PKCH, rows, **shared)
+        return ragged.decode_with(triton_decode.attend, q_TNH, k_PKCH, v_PKCH, rows, **shared)
     return ragged.attention(q_TNH, k_PKCH, v_PKCH, rows, one_token=one_token, platform=platform, **shared)
 
 
@@ -75,8 +76,8 @@ def choose(
         return Choice("ragged", f"no kernel is written for platform {platform}")
     if not one_token:
         return Choice("ragged", "rows with several tokens have no kernel")
-    if head_width not in decode_triton.HEAD_WIDTHS:
-        return Choice("ragged", f"head width {head_width} is not one of {decode_triton.HEAD_WIDTHS}")
+    if head_width not in triton_decode.HEAD_WIDTHS:
+        return Choice("ragged", f"head width {head_width} is not one of {triton_decode.HEAD_WIDTHS}")
     if block & (block - 1):
         return Choice("ragged", f"blocks of {block} positions are no power of two")
     if jnp.dtype(pool_dtype).name not in ("float32", "bfloat16", "float16"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_triton
+from pallas_kernels.triton import decode
 from tests.pallas_kernels import ref64, scenes
 
 LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -19,7 +19,7 @@ LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
 def interpreted(q_BNH, k_PKCH, v_PKCH, rows, base, *, window):
     lengths_B = jnp.where(rows.count_B > 0, rows.start_B + 1, 0)
     shared = {"base": base, "scale": 0.2, "window": window, "interpret": True}
-    return decode_triton.attend(q_BNH, k_PKCH, v_PKCH, rows.table_BM, lengths_B, **shared)
+    return decode.attend(q_BNH, k_PKCH, v_PKCH, rows.table_BM, lengths_B, **shared)
 
 
 def error(drawn, window):
@@ -39,7 +39,7 @@ def test_the_interpreted_kernel_agrees_with_float64(dtype, window):
 
 
 def test_one_split_of_many_tiles_agrees_with_float64(monkeypatch):
-    monkeypatch.setattr(decode_triton, "PROGRAMS", 1)
+    monkeypatch.setattr(decode, "PROGRAMS", 1)
     drawn = scenes.one_token_scene(np.random.default_rng(1), lengths=[200, 0, 333], N=4, K=2, H=32, C=16)
     assert error(drawn, None) <= 1e-5
 

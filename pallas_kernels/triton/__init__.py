@@ -1,0 +1,1 @@
+"""Attention through the Pallas Triton lowering: the NVIDIA GPUs that no Mosaic kernel serves."""
