@@ -29,6 +29,7 @@ from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
 from engine.weights.drawn import random_weights
 from engine.weights.source import resolve
+from pallas_kernels.target import CPU
 from sharding.mesh import MeshSpec, lane_meshes
 
 AIMS = {1: 1.3, 4: 1.6, 16: 2.5}
@@ -88,7 +89,7 @@ def make(config: ModelConfig, weights: Mapping, mesh: Mesh, rows: int, positions
 
 def products(weights: Mapping, mesh: Mesh, rows: int) -> Callable[[], None]:
     """A function that multiplies every matrix with `rows` rows, as the decoder does, and does nothing else."""
-    how = Method("fast", "cpu")
+    how = Method("fast", CPU)
     matrices = [layer[name] for layer in weights["layers"] for name in MATRICES] + [weights["head_DV"]]
 
     def local(matrices: list[jax.Array]) -> jax.Array:

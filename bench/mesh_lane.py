@@ -33,7 +33,7 @@ from engine.runner.runner import Model, Runner
 from engine.weights.drawn import random_weights
 from engine.weights.load import load
 from engine.weights.source import resolve
-from pallas_kernels.dispatch import platform_of
+from pallas_kernels.dispatch import target_of
 from sharding.mesh import lane_meshes, parse_mesh
 
 IN_FLIGHT = 2
@@ -109,9 +109,9 @@ def add_options(lines: argparse.ArgumentParser) -> None:
 def device_here() -> Device:
     """The first visible device, as a plan wants it."""
     first = jax.devices()[0]
-    platform = platform_of(first)
+    target = target_of(first)
     limit = (first.memory_stats() or {}).get("bytes_limit")
-    return DEVICES["cpu"] if platform == "cpu" else Device(platform, limit, None)
+    return DEVICES["cpu"] if target.platform == "cpu" else Device(target, limit, None)
 
 
 def needed(plan: Plan) -> tuple[Bucket, ...]:

@@ -124,8 +124,9 @@ def show(plan: Plan, model: Planned, config: ModelConfig, out: TextIO) -> None:
     show_table("\nwhat fits, per lane", [_room(plan)], out)
     programs = [{**_step(step), **_flat(_sent(plan, step))} for step in plan.steps]
     show_table(f"\n{len(plan.steps)} step programs and {plan.loads} that load rows", programs, out)
-    for reason in dict.fromkeys(f"{step.attention.name}: {step.attention.reason}" for step in plan.steps):
-        print(f"  {reason}", file=out)
+    served = dict.fromkeys(part for step in plan.steps for part in step.attention)
+    for part in served:
+        print(f"  {part.part} by {part.name}: {part.reason}", file=out)
     if plan.read_s is not None:
         print(f"\nreading the weights once takes {plan.read_s * 1e3:.3g} ms: no decode step is shorter", file=out)
     if not plan.fits:
@@ -174,7 +175,10 @@ def _room(plan: Plan) -> Mapping[str, object]:
 
 
 def _step(step: Step) -> dict[str, object]:
-    return {"program": str(step.bucket), "attention": step.attention.name}
+    return {
+        "program": str(step.bucket),
+        "attention": ", ".join(f"{part.part} {part.name}" for part in step.attention),
+    }
 
 
 def _sent(plan: Plan, step: Step) -> dict[str, dict[str, float]]:

@@ -23,8 +23,8 @@ from engine.runner.buckets import COARSE, FINE, Bucket, buckets
 from engine.runner.draws import WIDTH
 from engine.runner.state import Sizes, load_lengths, pool_dtype
 from engine.weights.layout import padded, parameters
+from pallas_kernels.dispatch import CPU, Shape, Target, choose, parts
 from pallas_kernels.dispatch import Choice as Attention
-from pallas_kernels.dispatch import choose
 from sharding.estimate import (
     Collective,
     Decoder,
@@ -49,23 +49,27 @@ GPU_SHARE = 0.85  # of a device's memory for weights and KV; the rest is for tem
 class Device(NamedTuple):
     """Memory as the driver reports it, bandwidth as the data sheet does."""
 
-    platform: str  # as pallas_kernels/dispatch.py names it
+    target: Target
     memory_bytes: int | None
     bytes_per_s: float | None
 
+    @property
+    def platform(self) -> str:
+        return self.target.platform
+
 
 DEVICES = {
-    "cpu": Device("cpu", None, None),
-    "h200": Device("cuda", 143771 * MIB, 4.8e12),
-    "h100": Device("cuda", 81559 * MIB, 3.35e12),
-    "h20": Device("cuda", 97871 * MIB, 4.0e12),
-    "a100-80": Device("cuda", 81920 * MIB, 2.04e12),
-    "a100-40": Device("cuda", 40960 * MIB, 1.56e12),
-    "b200": Device("cuda", 183359 * MIB, 8.0e12),
-    "l40s": Device("cuda", 46068 * MIB, 0.864e12),
-    "l4": Device("cuda", 23034 * MIB, 0.3e12),
-    "a10g": Device("cuda", 23028 * MIB, 0.6e12),
-    "rtx4090": Device("cuda", 24564 * MIB, 1.008e12),
+    "cpu": Device(CPU, None, None),
+    "h200": Device(Target("cuda", 90, 132, "NVIDIA H200"), 143771 * MIB, 4.8e12),
+    "h100": Device(Target("cuda", 90, 132, "NVIDIA H100 80GB HBM3"), 81559 * MIB, 3.35e12),
+    "h20": Device(Target("cuda", 90, 78, "NVIDIA H20"), 97871 * MIB, 4.0e12),
+    "a100-80": Device(Target("cuda", 80, 108, "NVIDIA A100-SXM4-80GB"), 81920 * MIB, 2.04e12),
+    "a100-40": Device(Target("cuda", 80, 108, "NVIDIA A100-SXM4-40GB"), 40960 * MIB, 1.56e12),
+    "b200": Device(Target("cuda", 100, 148, "NVIDIA B200"), 183359 * MIB, 8.0e12),
+    "l40s": Device(Target("cuda", 89, 142, "NVIDIA L40S"), 46068 * MIB, 0.864e12),
+    "l4": Device(Target("cuda", 89, 58, "NVIDIA L4"), 23034 * MIB, 0.3e12),
+    "a10g": Device(Target("cuda", 86, 80, "NVIDIA A10G"), 23028 * MIB, 0.6e12),
+    "rtx4090": Device(Target("cuda", 89, 128, "NVIDIA GeForce RTX 4090"), 24564 * MIB, 1.008e12),
 }
 
 
@@ -83,7 +87,7 @@ class Step:
     """One program of the lane."""
 
     bucket: Bucket
-    attention: Attention
+    attention: tuple[Attention, ...]  # one for each part
     collectives: tuple[Collective, ...]
 
 
@@ -217,19 +221,11 @@ def estimate(config: ModelConfig, spec: MeshSpec, device: Device, choice: Choice
 
 
 def _step(decoder: Decoder, lane: Lane, choice: Choice, device: Device, bucket: Bucket) -> Step:
-    attention = choose(
-        device.platform,
-        choice.numerics,
-        one_token=bucket.one_token,
-        head_width=decoder.head_width,
-        block=choice.sizes.block_size,
-        pool_dtype=pool_dtype(choice.dtype, device.platform),
-    )
-    return Step(
-        bucket,
-        attention,
-        step_collectives(decoder, lane, bucket.tokens, bucket.rows, bucket.full),
-    )
+    held = pool_dtype(choice.dtype, device.platform)
+    group = decoder.heads // lane.tp // (decoder.kv_heads // lane.kv_ways)
+    shape = Shape(group, decoder.head_width, choice.sizes.block_size, choice.dtype.name, held.name)
+    serve = tuple(choose(part, device.target, shape) for part in parts(choice.numerics, bucket.one_token))
+    return Step(bucket, serve, step_collectives(decoder, lane, bucket.tokens, bucket.rows, bucket.full))
 
 
 def _decoder(config: ModelConfig, tp: int) -> Decoder:

@@ -1,36 +1,84 @@
-"""The one door to attention: which implementation serves which shape on which platform, and why.
+"""The one door to attention: which implementation serves which shape on which target, and why.
 
-    numerics invariant                        -> ordered         one order of sums, everywhere
-    cuda, one token a row, served shape       -> decode_triton   Pallas through the Triton lowering
-    everything else                           -> ragged          XLA: cpu, tpu, rocm, chunks, odd shapes
+    kind of step              parts
+    invariant numerics        ordered            one order of sums for chunks and single tokens alike
+    one token a row           decode
+    a mix                     decode for the rows with one token, chunks for those with more
+
+    part       the first of these that serves the shape
+    decode     mosaic (Hopper), triton (other NVIDIA GPUs), xla
+    chunks     mosaic, triton, xla
+    ordered    mosaic, xla
 
 The choice is made while tracing, from arguments alone: no device is asked, and nothing is chosen at import.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ordered, ragged
+from pallas_kernels import ragged
 from pallas_kernels.blocks import write_kv
+from pallas_kernels.pools import Pool, Scaled, geometry
 from pallas_kernels.rows import Rows
-from pallas_kernels.triton import decode as triton_decode
+from pallas_kernels.shape import Shape
+from pallas_kernels.target import CPU, Target, platform_of, target_of
+from pallas_kernels.xla import chunks as xla_chunks
+from pallas_kernels.xla import decode as xla_decode
+from pallas_kernels.xla import ordered as xla_ordered
 
 Numerics = Literal["fast", "invariant"]
+Part = Literal["decode", "chunks", "ordered"]
 
-__all__ = ["Choice", "Numerics", "Rows", "attention", "choose", "platform_of", "write_kv"]
+__all__ = [
+    "CPU",
+    "Choice",
+    "Numerics",
+    "Rows",
+    "Shape",
+    "Target",
+    "attention",
+    "attention_with_lse",
+    "choose",
+    "parts",
+    "platform_of",
+    "target_of",
+    "write_kv",
+]
+
+
+class Kernel(Protocol):
+    """A module that serves one part."""
+
+    attend: Callable[..., tuple[jax.Array, jax.Array]]
+
+    def unserved(self, target: Target, shape: Shape) -> str | None:
+        """Why it cannot serve this shape, in words."""
 
 
 class Choice(NamedTuple):
-    name: Literal["ordered", "decode_triton", "ragged"]
+    """Who serves a part, and why not somebody before it."""
+
+    part: Part
+    name: Literal["mosaic", "triton", "xla"]
     reason: str
 
 
-def attention(
+KERNELS: dict[Part, tuple[tuple[str, Kernel], ...]] = {"decode": (), "chunks": (), "ordered": ()}
+
+
+def attention(q_TNH: jax.Array, k: Pool, v: Pool, rows: Rows, **options) -> jax.Array:
+    """`attention_with_lse` without the masses, in q's dtype."""
+    return attention_with_lse(q_TNH, k, v, rows, **options)[0].astype(q_TNH.dtype)
+
+
+def attention_with_lse(
     q_TNH: jax.Array,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
+    k: Pool,
+    v: Pool,
     rows: Rows,
     *,
     base: int | jax.Array,
@@ -38,56 +86,69 @@ def attention(
     window: int | None,
     numerics: Numerics,
     one_token: bool,
-    platform: str = "cpu",
-) -> jax.Array:
-    """Attention of each token over its row's blocks, padded tokens giving 0; equals `reference.attention`.
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+    target: Target = CPU,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of each token over its row's blocks, padded tokens giving 0; equals `reference.attend`.
 
     Token i of row b stands at position p = start_b + i and sees max(0, p - window + 1)..p.
     base        added to the table: l * P for layer l of a pool that holds all layers
+    soft_cap    scores become soft_cap * tanh(score / soft_cap)
+    sinks_N     a logit of each query head that joins the mass of its softmax and adds no value
     one_token   static: T == B and no row has more than one token
-    platform    `platform_of` the mesh's devices
-    Returns [T, N, H] in q's dtype, summed in float32. A pool of uint16 holds bfloat16.
-    Raises ValueError, while tracing, when N is not a multiple of K, head widths differ, or blocks do not fit
-    the tiles of the invariant mode.
+    Returns outputs [T, N, H] and the log of each softmax's mass [T, N], by which parts can be merged; float32.
+    Raises ValueError, while tracing, when N is not a multiple of K, head widths differ, or blocks do not fit the
+    tiles of the invariant mode.
     """
-    T, N, H = q_TNH.shape
-    _, K, C, pool_H = k_PKCH.shape
-    if N % K or pool_H != H or k_PKCH.shape != v_PKCH.shape:
-        raise ValueError(
-            f"queries {q_TNH.shape}, keys {k_PKCH.shape}, values {v_PKCH.shape}: expected TNH, PKCH, PKCH"
-        )
+    shape = shape_of(q_TNH, k, v)
     rows = Rows(*(jnp.asarray(part, jnp.int32) for part in rows))
-    choice = choose(platform, numerics, one_token=one_token, head_width=H, block=C, pool_dtype=k_PKCH.dtype)
-    shared = {"base": base, "scale": scale, "window": window}
-    if choice.name == "ordered":
-        return ordered.attention(q_TNH, k_PKCH, v_PKCH, rows, **shared)
-    if choice.name == "decode_triton":
-        return ragged.decode_with(triton_decode.attend, q_TNH, k_PKCH, v_PKCH, rows, **shared)
-    return ragged.attention(q_TNH, k_PKCH, v_PKCH, rows, one_token=one_token, platform=platform, **shared)
-
-
-def choose(
-    platform: str, numerics: Numerics, *, one_token: bool, head_width: int, block: int, pool_dtype: jnp.dtype
-) -> Choice:
-    """Name the implementation that serves this shape, with the reason in words."""
+    shared = {"base": base, "scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    serve = [_implementation(part, target, shape) for part in parts(numerics, one_token)]
     if numerics == "invariant":
-        return Choice("ordered", "invariant numerics have one order of sums on every platform")
-    if platform != "cuda":
-        return Choice("ragged", f"no kernel is written for platform {platform}")
-    if not one_token:
-        return Choice("ragged", "rows with several tokens have no kernel")
-    if head_width not in triton_decode.HEAD_WIDTHS:
-        return Choice("ragged", f"head width {head_width} is not one of {triton_decode.HEAD_WIDTHS}")
-    if block & (block - 1):
-        return Choice("ragged", f"blocks of {block} positions are no power of two")
-    if jnp.dtype(pool_dtype).name not in ("float32", "bfloat16", "float16"):
-        return Choice("ragged", f"the kernel does not read pools of {jnp.dtype(pool_dtype).name}")
-    return Choice("decode_triton", "one token a row on an NVIDIA GPU")
+        return serve[0](q_TNH, k, v, rows, **shared)
+    if one_token:
+        return ragged.single(serve[0], q_TNH, k, v, rows, **shared)
+    return ragged.mixed(*serve, q_TNH, k, v, rows, **shared)
 
 
-def platform_of(device: jax.Device) -> str:
-    """cpu, tpu, cuda, rocm, or gpu where the maker is unknown: jax calls every GPU's platform gpu."""
-    if device.platform != "gpu":
-        return device.platform
-    makers = {"NVIDIA": "cuda", "AMD": "rocm"}
-    return next((name for maker, name in makers.items() if maker in device.device_kind), "gpu")
+def parts(numerics: Numerics, one_token: bool) -> tuple[Part, ...]:
+    """The parts that a step is served by."""
+    if numerics == "invariant":
+        return ("ordered",)
+    return ("decode",) if one_token else ("decode", "chunks")
+
+
+def choose(part: Part, target: Target, shape: Shape) -> Choice:
+    """Name the implementation that serves this shape, with the reason in words."""
+    if target.platform != "cuda":
+        return Choice(part, "xla", f"no kernel is written for platform {target.platform}")
+    reasons = []
+    for name, kernel in KERNELS[part]:
+        reason = kernel.unserved(target, shape)
+        if reason is None:
+            return Choice(part, name, "; ".join(reasons) or f"compute capability {target.arch / 10}")
+        reasons.append(f"{name}: {reason}")
+    return Choice(part, "xla", "; ".join(reasons) or "no kernel is written for it")
+
+
+def shape_of(q_TNH: jax.Array, k: Pool, v: Pool) -> Shape:
+    """Raises ValueError when queries, keys and values do not belong together."""
+    _, N, H = q_TNH.shape
+    _, K, C, pool_H = geometry(k)
+    keys, values = jax.tree.leaves(k)[0], jax.tree.leaves(v)[0]
+    turned = (*keys.shape[:2], pool_H, C) if isinstance(v, Scaled) else keys.shape
+    if N % K or pool_H != H or values.shape != turned or isinstance(k, Scaled) != isinstance(v, Scaled):
+        found = f"queries {q_TNH.shape}, keys {keys.shape}, values {values.shape}"
+        raise ValueError(f"{found}: expected TNH, PKCH, PKCH, and PKHC for values of 8 bits")
+    return Shape(N // K, H, C, q_TNH.dtype.name, keys.dtype.name)
+
+
+def _implementation(part: Part, target: Target, shape: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    name = choose(part, target, shape).name
+    if name != "xla":
+        return functools.partial(dict(KERNELS[part])[name].attend, target=target)
+    if part == "ordered":
+        return xla_ordered.attend
+    module = xla_decode if part == "decode" else xla_chunks
+    return functools.partial(module.attend, platform=target.platform)

@@ -30,6 +30,25 @@ def geometry(k: Pool) -> tuple[int, int, int, int]:
     return (k.numbers if isinstance(k, Scaled) else k).shape
 
 
+def keys_at(k: Pool, blocks_X: jax.Array) -> jax.Array:
+    """Numbers [X, K, C, H] of blocks, float32 from a scaled pool; wild block numbers are clamped, not followed."""
+    if isinstance(k, Scaled):
+        return _at(k.numbers, blocks_X).astype(jnp.float32) * _at(k.scales_PKC, blocks_X)[..., None]
+    return as_numbers(_at(k, blocks_X))
+
+
+def values_at(v: Pool, blocks_X: jax.Array) -> jax.Array:
+    """`keys_at` of a pool of values."""
+    if not isinstance(v, Scaled):
+        return keys_at(v, blocks_X)
+    v_XKHC = _at(v.numbers, blocks_X).astype(jnp.float32) * _at(v.scales_PKC, blocks_X)[:, :, None]
+    return v_XKHC.swapaxes(2, 3)
+
+
+def _at(array: jax.Array, blocks_X: jax.Array) -> jax.Array:
+    return array.at[blocks_X].get(mode="clip", wrap_negative_indices=False)
+
+
 def quantise(x_TKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Numbers of `dtype` [T, K, H] and their scales, float32 [T, K]."""
     largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)

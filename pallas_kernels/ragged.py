@@ -1,50 +1,40 @@
-"""Attention of any mix of rows, in XLA: rows with one token and rows with many go their own ways.
+"""Attention of any mix of rows: rows with one token and rows with many go their own ways.
 
-    count 1   `decode`: tiles of all rows in one list, since one token's dot is too thin to wait for its row
-    count > 1 `chunks`: query tiles, whose dots are thick
+    count 1   decode: tiles of all rows in one list, since one token's dot is too thin to wait for its row
+    count > 1 chunks: query tiles, whose dots are thick
 
-Both loops turn as often as there is work; a step without chunks never enters the second.
+Both turn as often as there is work; a step without chunks never enters the second.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks, decode
 from pallas_kernels.rows import Rows, owners
 
+Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
-def attention(
-    q_TNH: jax.Array,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
-    rows: Rows,
-    *,
-    base: int | jax.Array,
-    scale: float,
-    window: int | None,
-    one_token: bool,
-    platform: str,
-) -> jax.Array:
-    """Equals `reference.attention` up to the order of its sums. one_token promises that no count is above 1."""
-    shared = {"base": base, "scale": scale, "window": window}
-    one = functools.partial(decode.attend, platform=platform)
-    o_TNH = decode_with(one, q_TNH, k_PKCH, v_PKCH, rows, **shared)
-    if one_token:
-        return o_TNH
+
+def mixed(
+    decode: Attend, chunks: Attend, q_TNH: jax.Array, k, v, rows: Rows, **shared
+) -> tuple[jax.Array, jax.Array]:
+    """`decode` serves the rows with one token, `chunks` those with more; outputs [T, N, H] and [T, N], float32."""
+    one = single(decode, q_TNH, k, v, rows, **shared)
     many = rows._replace(count_B=jnp.where(rows.count_B == 1, 0, rows.count_B))
-    o_chunk_TNH = chunks.attend(q_TNH, k_PKCH, v_PKCH, many, platform=platform, **shared).astype(q_TNH.dtype)
     in_chunk_T = owners(many, q_TNH.shape[0]).live_T
-    return jnp.where(in_chunk_T[:, None, None], o_chunk_TNH, o_TNH)
+    return _choose(in_chunk_T, chunks(q_TNH, k, v, many, **shared), one)
 
 
-def decode_with(
-    attend: Callable[..., jax.Array], q_TNH: jax.Array, k_PKCH: jax.Array, v_PKCH: jax.Array, rows: Rows, **shared
-) -> jax.Array:
-    """Let `attend` serve the rows with one token; every other token gives 0. Returns [T, N, H] in q's dtype."""
+def single(decode: Attend, q_TNH: jax.Array, k, v, rows: Rows, **shared) -> tuple[jax.Array, jax.Array]:
+    """`decode` serves the rows with one token; every other token gives 0 and -inf."""
     lengths_B = jnp.where(rows.count_B == 1, rows.start_B + 1, 0)
-    o_BNH = attend(q_TNH[rows.first_B], k_PKCH, v_PKCH, rows.table_BM, lengths_B, **shared)
+    o_BNH, lse_BN = decode(q_TNH[rows.first_B], k, v, rows.table_BM, lengths_B, **shared)
     row_T, _, live_T = owners(rows._replace(count_B=(rows.count_B == 1).astype(jnp.int32)), q_TNH.shape[0])
-    return jnp.where(live_T[:, None, None], o_BNH[row_T], 0).astype(q_TNH.dtype)
+    nothing = jnp.zeros_like(q_TNH, jnp.float32), jnp.full(q_TNH.shape[:2], -jnp.inf)
+    return _choose(live_T, (o_BNH[row_T], lse_BN[row_T]), nothing)
+
+
+def _choose(first_T: jax.Array, first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
+    o_TNH = jnp.where(first_T[:, None, None], first[0], second[0])
+    return o_TNH, jnp.where(first_T[:, None], first[1], second[1])

@@ -24,7 +24,7 @@ from engine.models.config import ModelConfig
 from engine.models.norm import rms_norm
 from engine.models.project import Method, column_parallel, mesh_size, row_parallel, shard_index
 from engine.models.rope import angles, turn
-from pallas_kernels.dispatch import Numerics, Rows, attention, write_kv
+from pallas_kernels.dispatch import CPU, Numerics, Rows, Target, attention, write_kv
 from sharding.rules import TP
 
 Weights = Mapping[str, jax.Array]
@@ -61,16 +61,16 @@ def forward_local(
     num_blocks: int,
     numerics: Numerics,
     one_token: bool,
-    platform: str = "cpu",
+    target: Target = CPU,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states after the final norm [T, D], and both pools with the step's keys and values written.
 
     slots_T     block of each token as layer 0 counts; negative: the token's keys and values are dropped
     num_blocks  blocks of one layer: layer l of block b is entry l * num_blocks + b of the pools
-    platform    `pallas_kernels.dispatch.platform_of` the mesh's devices
+    target      `pallas_kernels.dispatch.target_of` the mesh's devices
     Raises ValueError, before tracing, where `numerics` cannot hold on this mesh.
     """
-    how = Method(numerics, platform)
+    how = Method(numerics, target)
     how.check(mesh_size())
     cos_TH, sin_TH = angles(config.rope, config.head_width, positions_T)
     offsets_T = positions_T % k_PKCH.shape[2]
@@ -85,12 +85,12 @@ def forward_local(
 
 
 def logits_local(
-    config: ModelConfig, weights: Mapping, x_BD: jax.Array, numerics: Numerics, platform: str = "cpu"
+    config: ModelConfig, weights: Mapping, x_BD: jax.Array, numerics: Numerics, target: Target = CPU
 ) -> jax.Array:
     """Logits of this shard's part of the vocabulary; float32 [B, V / tp], -inf for ids that only pad it."""
     head_DV = weights["head_DV"]
     tp, local = mesh_size(), head_DV.shape[1]
-    logits_BV = column_parallel(x_BD, head_DV, [(local, local * tp)], Method(numerics, platform))
+    logits_BV = column_parallel(x_BD, head_DV, [(local, local * tp)], Method(numerics, target))
     if local * tp == config.vocab:
         return logits_BV
     id_V = shard_index() * local + jnp.arange(local)
@@ -130,7 +130,7 @@ def _attend(
         window=config.windows[layer],
         numerics=step.how.numerics,
         one_token=step.one_token,
-        platform=step.how.platform,
+        target=step.how.target,
     )
     y_TD = row_parallel(o_TNH.reshape(T, -1), weights["wo_XD"], config.heads * config.head_width, step.how)
     return y_TD + weights["bo_D"] if config.o_bias else y_TD, k_PKCH, v_PKCH

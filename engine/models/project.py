@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Numerics
+from pallas_kernels.dispatch import Numerics, Target
 from sharding.rules import TP
 
 UNITS = 8  # pieces that an axis is cut into, and the widest mesh of 'invariant'
@@ -37,10 +37,14 @@ PARALLEL = 8  # pieces of one product of one row on CPU, for as many threads
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How products are computed; static in a trace. `platform` is that of the mesh's devices."""
+    """How products are computed; static in a trace. `target` is that of the mesh's devices."""
 
     numerics: Numerics
-    platform: str
+    target: Target
+
+    @property
+    def platform(self) -> str:
+        return self.target.platform
 
     def check(self, tp: int) -> None:
         """Raises ValueError where the mesh cannot give the promised bits."""

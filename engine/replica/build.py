@@ -41,7 +41,7 @@ from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
 from engine.weights.tensors import check_vocabulary, choose_dtype
-from pallas_kernels.dispatch import platform_of
+from pallas_kernels.dispatch import platform_of, target_of
 from sharding.mesh import MeshSpec, check_devices, lane_meshes, parse_mesh, valid_sizes
 from sharding.overlap import overlaps
 
@@ -218,7 +218,7 @@ def choose(
     """
     devices = _devices(settings.device)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
-    device = Device(platform_of(devices[0]), memory, None)
+    device = Device(target_of(devices[0]), memory, None)
     try:
         lanes = _lanes(settings, config, len(devices))
         check_devices(sum(lane.tp for lane in lanes), len(devices), ", ".join(map(str, lanes)))

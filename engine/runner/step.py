@@ -24,7 +24,7 @@ from engine.runner.buckets import Bucket
 from engine.runner.draws import Draws, at_points
 from engine.runner.sampling import draw_full, draw_plain
 from engine.runner.state import STATE, Sizes, State
-from pallas_kernels.dispatch import Numerics, Rows, platform_of
+from pallas_kernels.dispatch import Numerics, Rows, Target, target_of
 from pallas_kernels.rows import owners
 from sharding.rules import TP
 
@@ -46,11 +46,11 @@ def step_program(
     config: ModelConfig, sizes: Sizes, mesh: Mesh, weight_specs: Mapping, numerics: Numerics
 ) -> Callable:
     """`build(bucket)` makes a jitted (weights, state, draws, packed) -> (state, result); state is donated."""
-    platform = platform_of(mesh.devices.flat[0])
+    target = target_of(mesh.devices.flat[0])
 
     def build(bucket: Bucket):
         def local(weights, state: State, draws: Draws, packed_B6):
-            return _step_local(config, sizes, bucket, numerics, platform, weights, state, draws, packed_B6)
+            return _step_local(config, sizes, bucket, numerics, target, weights, state, draws, packed_B6)
 
         replicated = PartitionSpec()
         mapped = jax.shard_map(
@@ -70,7 +70,7 @@ def _step_local(
     sizes: Sizes,
     bucket: Bucket,
     numerics: Numerics,
-    platform: str,
+    target: Target,
     weights,
     state,
     draws,
@@ -96,11 +96,11 @@ def _step_local(
         sizes.num_blocks,
         numerics,
         bucket.one_token,
-        platform,
+        target,
     )
     points = _points(packed_B6, rows.first_B, bucket)
     x_BD = x_TD if bucket.one_token else x_TD[points.token_B]
-    logits_BV = logits_local(config, weights, x_BD, numerics, platform)
+    logits_BV = logits_local(config, weights, x_BD, numerics, target)
     history_RS, result = _draw(config, bucket, state.history_RS, draws, row_B, points, logits_BV)
     return State(k_PKCH, v_PKCH, history_RS, table_RM), result
 

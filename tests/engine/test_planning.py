@@ -20,6 +20,7 @@ from engine.runner.runner import Model, Runner
 from engine.runner.state import Sizes
 from engine.weights.drawn import random_weights
 from engine.weights.source import resolve
+from pallas_kernels.target import Target
 from sharding.mesh import MeshSpec, lane_meshes
 
 CPU = DEVICES["cpu"]
@@ -122,7 +123,7 @@ def test_a_device_is_known_by_name_and_a_slip_is_answered_with_the_nearest():
 
 def test_weights_and_pool_stay_within_the_share_of_a_device():
     config = dataclasses.replace(from_hf(ODD), context=8192)
-    device = Device("cuda", 4_000_000, 1e12)
+    device = Device(Target("cuda"), 4_000_000, 1e12)
     plan = estimate(config, MeshSpec(), device, decide(Settings(max_num_seqs=4), config, MeshSpec(), device))
     assert 0.8 < (plan.weights_bytes + plan.kv_bytes) / device.memory_bytes <= 0.85
     assert plan.tokens == (plan.choice.sizes.num_blocks - 1) * 64 and plan.read_s == plan.weights_bytes / 1e12

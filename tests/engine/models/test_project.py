@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.models.project import Method, column_parallel, row_parallel
+from pallas_kernels.target import CPU, Target
 from sharding.mesh import MeshSpec, lane_meshes
 from sharding.rules import TP
 
@@ -47,14 +48,14 @@ def plain(rows, dtype=jnp.float32):
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("tp", [1, 4])
 def test_a_fast_product_is_the_plain_one(kind, tp, platform):
-    got = product(kind, tp, 5, Method("fast", platform))
+    got = product(kind, tp, 5, Method("fast", Target(platform)))
     np.testing.assert_allclose(got, plain(5), atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_bfloat16_product_of_few_rows_is_summed_in_float32(kind, rows):
-    got = product(kind, 1, rows, Method("fast", "cpu"), jnp.bfloat16)
+    got = product(kind, 1, rows, Method("fast", CPU), jnp.bfloat16)
     assert got.shape == (rows, COLUMNS)
     np.testing.assert_allclose(got, plain(rows, jnp.bfloat16), rtol=2**-8, atol=1e-4)
 
@@ -62,7 +63,7 @@ def test_a_bfloat16_product_of_few_rows_is_summed_in_float32(kind, rows):
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_invariant_products_have_the_same_bits_on_every_mesh_and_in_every_batch(kind, dtype):
-    how = Method("invariant", "cpu")
+    how = Method("invariant", CPU)
     want = product(kind, 1, 20, how, dtype)
     np.testing.assert_allclose(want, plain(20, dtype), rtol=2**-8, atol=1e-4)
     for tp in (1, 2, 4, 8):
@@ -73,5 +74,5 @@ def test_invariant_products_have_the_same_bits_on_every_mesh_and_in_every_batch(
 def test_invariant_mode_refuses_a_mesh_that_eighths_do_not_divide():
     for tp in (3, 5, 6, 7, 16):
         with pytest.raises(ValueError, match=f"numerics invariant: got a mesh of {tp}; expected 1, 2, 4 or 8"):
-            Method("invariant", "cpu").check(tp)
-        Method("fast", "cpu").check(tp)
+            Method("invariant", CPU).check(tp)
+        Method("fast", CPU).check(tp)

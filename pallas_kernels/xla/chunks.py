@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.pools import as_numbers
+from pallas_kernels.pools import Pool, geometry, keys_at, values_at
 from pallas_kernels.rows import Rows
+from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
 
 QUERY_TILE = 64
 TILE = 128  # positions, unless a block is longer
-NOTHING = -1e30
 
 
 class Running(NamedTuple):
@@ -36,31 +36,34 @@ class Running(NamedTuple):
 
 def attend(
     q_TNH: jax.Array,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
+    k: Pool,
+    v: Pool,
     rows: Rows,
     *,
     base: int | jax.Array,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
+    sinks_N: jax.Array | None,
     platform: str,
-) -> jax.Array:
-    """Each token of a row sees the row's positions up to its own. Returns [T, N, H] in float32.
+) -> tuple[jax.Array, jax.Array]:
+    """Each token of a row sees the row's positions up to its own.
 
-    What stands in the places of tokens that belong to no row is undefined.
+    Returns outputs [T, N, H] and the log of each softmax's mass [T, N], in float32. What stands in the places of
+    tokens that belong to no row is undefined.
     """
     T, N, H = q_TNH.shape
-    _, K, C, _ = k_PKCH.shape
+    _, K, C, _ = geometry(k)
     t = min(QUERY_TILE, 1 << max(T - 1, 0).bit_length())
     m = max(1, min(TILE // C, rows.table_BM.shape[1]))
     s = m * C
     blocks_BM = jnp.pad(rows.table_BM + base, ((0, 0), (0, -rows.table_BM.shape[1] % m)))
-    wide = jnp.float32 if platform == "cpu" else as_numbers(k_PKCH[:0]).dtype
+    wide = jnp.float32 if platform == "cpu" else q_TNH.dtype
     q_TNH = jnp.pad((q_TNH.astype(jnp.float32) * scale).astype(wide), ((0, t), (0, 0), (0, 0)))
     end_B = jnp.cumsum(-(-rows.count_B // t))
 
     def query_tile(carry):
-        index, o_TNH = carry
+        index, o_TNH, lse_TN = carry
         row = jnp.sum(end_B <= index).astype(jnp.int32)
         within = t * (index - end_B[row]) + t * -(-rows.count_B[row] // t)  # tokens of the row before this tile
         token = rows.first_B[row] + within
@@ -75,9 +78,8 @@ def attend(
             seen_ts = (position_s <= position_t[:, None]) & (position_s < end)
             if window is not None:
                 seen_ts &= position_s > position_t[:, None] - window
-            k_mKCH, v_mKCH = (as_numbers(pool[blocks_m]).astype(wide) for pool in (k_PKCH, v_PKCH))
-            written_mC = (position_s < end).reshape(m, C)
-            return meet(state, q_KGtH, k_mKCH, v_mKCH, seen_ts, written_mC)
+            k_mKCH, v_mKCH = (x_mKCH.astype(wide) for x_mKCH in (keys_at(k, blocks_m), values_at(v, blocks_m)))
+            return meet(state, q_KGtH, k_mKCH, v_mKCH, seen_ts, soft_cap)
 
         rows_of_dot = N // K * t
         state = Running(
@@ -85,14 +87,20 @@ def attend(
         )
         begin = jnp.int32(0) if window is None else jnp.maximum(position_t[0] - window + 1, 0) // s
         state = lax.fori_loop(begin, -(-end // s), tile, state)
-        o_KGtH = state.total_KGtH / jnp.where(state.mass_KGt > 0, state.mass_KGt, 1)[..., None]
-        o_tNH = o_KGtH.reshape(K, N // K, t, H).transpose(2, 0, 1, 3).reshape(t, N, H)
+        total_tNH = state.total_KGtH.reshape(K, N // K, t, H).transpose(2, 0, 1, 3).reshape(t, N, H)
+        top_tN, mass_tN = (x_KGt.reshape(N, t).T for x_KGt in (state.top_KGt, state.mass_KGt))
+        o_tNH, lse_tN = finish(total_tNH, top_tN, mass_tN, sinks_N)
         # A short last tile runs over the next row's places, whose own tiles come later and win.
-        return index + 1, lax.dynamic_update_slice_in_dim(o_TNH, o_tNH, token, 0)
+        o_TNH, lse_TN = (
+            lax.dynamic_update_slice_in_dim(x, x_t, token, 0) for x, x_t in ((o_TNH, o_tNH), (lse_TN, lse_tN))
+        )
+        return index + 1, o_TNH, lse_TN
 
     # It starts as the queries: zeros, which depend on nothing, XLA makes for every layer before the first one runs.
-    first = (jnp.int32(0), q_TNH.astype(jnp.float32))
-    return lax.while_loop(lambda carry: carry[0] < end_B[-1], query_tile, first)[1][:T]
+    q_TNH = q_TNH.astype(jnp.float32)
+    first = (jnp.int32(0), q_TNH, q_TNH[..., 0])
+    _, o_TNH, lse_TN = lax.while_loop(lambda carry: carry[0] < end_B[-1], query_tile, first)
+    return o_TNH[:T], lse_TN[:T]
 
 
 def meet(
@@ -101,22 +109,21 @@ def meet(
     k_mKCH: jax.Array,
     v_mKCH: jax.Array,
     seen_ts: jax.Array,
-    written_mC: jax.Array,
+    soft_cap: float | None,
 ) -> Running:
     """Add one tile of positions to the running softmax of one query tile."""
     K, _, H = q_KGtH.shape
     t, s = seen_ts.shape
-    v_mKCH = jnp.where(written_mC[:, None, :, None], v_mKCH, 0)  # unwritten places may hold NaN
+    seen_mC = jnp.any(seen_ts, axis=0).reshape(len(v_mKCH), -1)
+    v_mKCH = jnp.where(seen_mC[:, None, :, None], v_mKCH, 0)  # what nobody sees may be NaN
     k_KsH, v_KsH = (x_mKCH.swapaxes(0, 1).reshape(K, s, H) for x_mKCH in (k_mKCH, v_mKCH))
-    scores_KGts = jnp.einsum("KqH,KsH->Kqs", q_KGtH, k_KsH, preferred_element_type=jnp.float32)
+    scores_KGts = cap(product("KqH,KsH->Kqs", q_KGtH, k_KsH), soft_cap)
     seen_qs = jnp.broadcast_to(seen_ts, (q_KGtH.shape[1] // t, t, s)).reshape(-1, s)
     scores_KGts = jnp.where(seen_qs, scores_KGts, NOTHING)
     top_KGt = jnp.maximum(state.top_KGt, jnp.max(scores_KGts, axis=-1))
     keep_KGt = jnp.exp(state.top_KGt - top_KGt)
     weights_KGts = jnp.where(seen_qs, jnp.exp(scores_KGts - top_KGt[..., None]), 0)
-    added_KGtH = jnp.einsum(
-        "Kqs,KsH->KqH", weights_KGts.astype(v_KsH.dtype), v_KsH, preferred_element_type=jnp.float32
-    )
+    added_KGtH = product("Kqs,KsH->KqH", weights_KGts.astype(v_KsH.dtype), v_KsH)
     return Running(
         state.total_KGtH * keep_KGt[..., None] + added_KGtH,
         top_KGt,

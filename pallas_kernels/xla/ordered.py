@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.numerics import tree_sum
-from pallas_kernels.pools import as_numbers
+from pallas_kernels.pools import Pool, Scaled, as_numbers, geometry
 from pallas_kernels.rows import Rows
+from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
 
 QUERY_TILE = 8
 TILE = 64
-NOTHING = -1e30
 
 
 class Running(NamedTuple):
@@ -50,22 +50,24 @@ class Where(NamedTuple):
     end: jax.Array  # positions of the row that are written
 
 
-def attention(
+def attend(
     q_TNH: jax.Array,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
+    k: Pool,
+    v: Pool,
     rows: Rows,
     *,
     base: int | jax.Array,
     scale: float,
     window: int | None,
-) -> jax.Array:
-    """Equals `reference.attention` up to the order of its sums.
+    soft_cap: float | None,
+    sinks_N: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Equals `reference.attend` up to the order of its sums; float32.
 
     Raises ValueError when 64 positions are neither a multiple nor a divisor of a block.
     """
     T, N, H = q_TNH.shape
-    _, K, C, _ = k_PKCH.shape
+    _, K, C, _ = geometry(k)
     if TILE % C and C % TILE:
         raise ValueError(f"positions in a block: got {C}; expected a divisor or a multiple of {TILE}")
     t = QUERY_TILE
@@ -76,26 +78,34 @@ def attention(
     end_B = jnp.cumsum(tiles_B)
 
     def one(carry):
-        index, o_NTH = carry
+        index, o_NTH, lse_NT = carry
         head = index % N
         at = locate(rows, end_B, tiles_B, index // N)
         q_tH = lax.dynamic_slice(q_NTH, (head, at.token, 0), (1, t, H))[0]
 
         def meet_tile(tile, state):
-            pools = (take_tile(pool, table_BM, at.row, tile, head // (N // K)) for pool in (k_PKCH, v_PKCH))
-            return meet(state, q_tH, *pools, see(at, tile, window), tile * TILE + jnp.arange(TILE) < at.end)
+            here = Tile(table_BM, C, at.row, tile, head // (N // K))
+            return meet(state, q_tH, here.keys(k), here.values(v), see(at, tile, window), soft_cap)
 
         last = jnp.max(jnp.where(at.mine_t, at.position_t, 0))
         begin = jnp.int32(0) if window is None else jnp.maximum(at.position_t[0] - window + 1, 0) // TILE
         nothing = Running(jnp.zeros((t, H)), jnp.full(t, NOTHING), jnp.zeros(t))
         state = lax.fori_loop(begin, last // TILE + 1, meet_tile, nothing)
-        o_tH = state.total_tH / jnp.where(state.mass_t > 0, state.mass_t, 1)[:, None]
-        old_tH = lax.dynamic_slice(o_NTH, (head, at.token, 0), (1, t, H))[0]
-        o_tH = jnp.where(at.mine_t[:, None], o_tH, old_tH)
-        return index + 1, lax.dynamic_update_slice(o_NTH, o_tH[None], (head, at.token, 0))
+        sink = None if sinks_N is None else lax.dynamic_index_in_dim(sinks_N, head)
+        o_t1H, lse_t1 = finish(state.total_tH[:, None], state.top_t[:, None], state.mass_t[:, None], sink)
+        o_NTH = put(o_NTH, head, at, o_t1H[:, 0])
+        return index + 1, o_NTH, put(lse_NT[..., None], head, at, lse_t1)[..., 0]
 
-    _, o_NTH = lax.while_loop(lambda carry: carry[0] < end_B[-1] * N, one, (jnp.int32(0), jnp.zeros_like(q_NTH)))
-    return o_NTH[:, t : t + T].swapaxes(0, 1).astype(q_TNH.dtype)
+    first = (jnp.int32(0), jnp.zeros_like(q_NTH), jnp.full(q_NTH.shape[:2], -jnp.inf))
+    _, o_NTH, lse_NT = lax.while_loop(lambda carry: carry[0] < end_B[-1] * N, one, first)
+    return o_NTH[:, t : t + T].swapaxes(0, 1), lse_NT[:, t : t + T].T
+
+
+def put(x_NTX: jax.Array, head: jax.Array, at: Where, x_tX: jax.Array) -> jax.Array:
+    """One query tile's results in their places; places of others in the tile stay as they are."""
+    place = (head, at.token, 0)
+    old_tX = lax.dynamic_slice(x_NTX, place, (1, *x_tX.shape))[0]
+    return lax.dynamic_update_slice(x_NTX, jnp.where(at.mine_t[:, None], x_tX, old_tX)[None], place)
 
 
 def locate(rows: Rows, end_B: jax.Array, tiles_B: jax.Array, index: jax.Array) -> Where:
@@ -108,17 +118,39 @@ def locate(rows: Rows, end_B: jax.Array, tiles_B: jax.Array, index: jax.Array) -
     return Where(row, rows.first_B[row] + first - start + QUERY_TILE, position_t, mine_t, start + count)
 
 
-def take_tile(pool_PKCH: jax.Array, table_BM: jax.Array, row: jax.Array, tile: jax.Array, head: jax.Array):
-    """[64, H] in float32: the keys or values of one kv head at positions 64 * tile and on."""
-    _, _, C, H = pool_PKCH.shape
-    if C > TILE:
-        block = table_BM[row, tile * TILE // C]
-        x_KCH = lax.dynamic_slice(pool_PKCH, (block, head, tile * TILE % C, 0), (1, 1, TILE, H))
-    else:
-        m = TILE // C
-        blocks_m = lax.dynamic_slice(table_BM, (row, tile * m), (1, m))[0]
-        x_KCH = pool_PKCH[blocks_m, head]
-    return as_numbers(x_KCH.reshape(TILE, H)).astype(jnp.float32)
+class Tile(NamedTuple):
+    """64 positions of one kv head."""
+
+    table_BM: jax.Array
+    block: int  # positions in a block
+    row: jax.Array
+    number: jax.Array
+    head: jax.Array
+
+    def cut(self, array: jax.Array, axis: int = 2) -> jax.Array:
+        """Its part of an array [P, K, ...] whose axis `axis` is C: [m, ...], m blocks or one part of a block."""
+        if self.block <= TILE:
+            m = TILE // self.block
+            return array[lax.dynamic_slice(self.table_BM, (self.row, self.number * m), (1, m))[0], self.head]
+        place = [self.table_BM[self.row, self.number * TILE // self.block], self.head, 0, 0][: array.ndim]
+        sizes = [1, 1, *array.shape[2:]]
+        place[axis], sizes[axis] = self.number * TILE % self.block, TILE
+        return lax.dynamic_slice(array, place, sizes)[:, 0]
+
+    def keys(self, k: Pool) -> jax.Array:
+        """[64, H] in float32."""
+        if isinstance(k, Scaled):
+            x_mCH = self.cut(k.numbers).astype(jnp.float32) * self.cut(k.scales_PKC)[..., None]
+        else:
+            x_mCH = as_numbers(self.cut(k)).astype(jnp.float32)
+        return x_mCH.reshape(TILE, -1)
+
+    def values(self, v: Pool) -> jax.Array:
+        """[64, H] in float32."""
+        if not isinstance(v, Scaled):
+            return self.keys(v)
+        x_mHC = self.cut(v.numbers, axis=3).astype(jnp.float32) * self.cut(v.scales_PKC)[:, None]
+        return x_mHC.swapaxes(1, 2).reshape(TILE, -1)
 
 
 def see(at: Where, tile: jax.Array, window: int | None) -> jax.Array:
@@ -129,14 +161,18 @@ def see(at: Where, tile: jax.Array, window: int | None) -> jax.Array:
 
 
 def meet(
-    state: Running, q_tH: jax.Array, k_sH: jax.Array, v_sH: jax.Array, seen_ts: jax.Array, written_s: jax.Array
+    state: Running,
+    q_tH: jax.Array,
+    k_sH: jax.Array,
+    v_sH: jax.Array,
+    seen_ts: jax.Array,
+    soft_cap: float | None,
 ) -> Running:
-    """Add one tile of positions; unwritten places may hold NaN, and 0 * NaN is NaN."""
-    scores_ts = lax.dot_general(q_tH, k_sH, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    scores_ts = jnp.where(seen_ts, scores_ts, NOTHING)
+    """Add one tile of positions; what nobody sees may be NaN, and 0 * NaN is NaN."""
+    scores_ts = jnp.where(seen_ts, cap(product("tH,sH->ts", q_tH, k_sH), soft_cap), NOTHING)
     top_t = jnp.maximum(state.top_t, jnp.max(scores_ts, axis=1))
     keep_t = jnp.exp(state.top_t - top_t)
     weights_ts = jnp.where(seen_ts, jnp.exp(scores_ts - top_t[:, None]), 0)
-    v_sH = jnp.where(written_s[:, None], v_sH, 0)
-    added_tH = lax.dot_general(weights_ts, v_sH, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    v_sH = jnp.where(jnp.any(seen_ts, axis=0)[:, None], v_sH, 0)
+    added_tH = product("ts,sH->tH", weights_ts, v_sH)
     return Running(state.total_tH * keep_t[:, None] + added_tH, top_t, state.mass_t * keep_t + tree_sum(weights_ts))

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.pools import as_numbers
+from pallas_kernels.pools import Pool, geometry, keys_at, values_at
+from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
 
 TILE = 64  # positions, unless a block is longer
 GROUP_BYTES = 1 << 20
 MAX_GROUP = 16
-NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
 
 
 class Tiles(NamedTuple):
@@ -60,24 +60,26 @@ class Partial(NamedTuple):
 
 def attend(
     q_BNH: jax.Array,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
+    k: Pool,
+    v: Pool,
     table_BM: jax.Array,
     lengths_B: jax.Array,
     *,
     base: int | jax.Array,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
+    sinks_N: jax.Array | None,
     platform: str,
-) -> jax.Array:
-    """Row b attends to the last `window` (or all) of its positions 0..lengths_b - 1; length 0 gives 0.
+) -> tuple[jax.Array, jax.Array]:
+    """Row b attends to the last `window` (or all) of its positions 0..lengths_b - 1; length 0 gives 0 and -inf.
 
-    Returns [B, N, H] in float32.
+    Returns outputs [B, N, H] and the log of each softmax's mass [B, N], in float32.
     """
     B, N, H = q_BNH.shape
-    _, K, C, _ = k_PKCH.shape
+    _, K, C, _ = geometry(k)
     m = max(1, TILE // C)
-    W = group_size(B * -(-table_BM.shape[1] // m), m * K * C * H * k_PKCH.dtype.itemsize)
+    W = group_size(B * -(-table_BM.shape[1] // m), m * K * C * H * jax.tree.leaves(k)[0].dtype.itemsize)
     q_BKGH = (q_BNH.astype(jnp.float32) * scale).reshape(B, K, N // K, H)
     tiles = list_tiles(table_BM + base, lengths_B, window, m, C)
 
@@ -88,11 +90,8 @@ def attend(
         if window is not None:
             seen_Ws &= group.positions_Ws >= (tiles.lengths_B[group.row_W] - window)[:, None]
         seen_Ws &= group.live_W[:, None]
-        k_wKCH, v_wKCH = (
-            as_numbers(pool.at[group.blocks_w].get(mode="promise_in_bounds", wrap_negative_indices=False))
-            for pool in (k_PKCH, v_PKCH)
-        )
-        part = weigh(scores_of(q_BKGH[group.row_W], k_wKCH, platform), v_wKCH, seen_Ws, platform)
+        scores_wKGC = scores_of(q_BKGH[group.row_W], keys_at(k, group.blocks_w), platform)
+        part = weigh(cap(scores_wKGC, soft_cap), values_at(v, group.blocks_w), seen_Ws, platform)
         return first + W, merge(state, part, group)
 
     places = B + W
@@ -100,8 +99,12 @@ def attend(
         jnp.zeros((places, K, N // K, H)), jnp.full((places, K, N // K), NOTHING), jnp.zeros((places, K, N // K))
     )
     _, state = lax.while_loop(lambda carry: carry[0] < tiles.end_B[-1], step, (jnp.int32(0), empty))
-    o_BKGH = state.total_WKGH / jnp.where(state.mass_WKG > 0, state.mass_WKG, 1)[..., None]
-    return jnp.where((lengths_B > 0)[:, None, None], o_BKGH[tiles.place_B].reshape(B, N, H), 0)
+    state = Partial(*(array[tiles.place_B] for array in state))
+    o_BNH, lse_BN = finish(
+        state.total_WKGH.reshape(B, N, H), state.top_WKG.reshape(B, N), state.mass_WKG.reshape(B, N), sinks_N
+    )
+    live_B = lengths_B > 0
+    return jnp.where(live_B[:, None, None], o_BNH, 0), jnp.where(live_B[:, None], lse_BN, -jnp.inf)
 
 
 def group_size(max_tiles: int, tile_bytes: int) -> int:
@@ -140,8 +143,7 @@ def scores_of(q_WKGH: jax.Array, k_wKCH: jax.Array, platform: str) -> jax.Array:
     """
     wide = jnp.float32 if platform == "cpu" else k_wKCH.dtype  # narrow dots need instructions a CPU may lack
     q_wKGH = jnp.repeat(q_WKGH.astype(wide), k_wKCH.shape[0] // q_WKGH.shape[0], axis=0)
-    scores_wKCG = jnp.einsum("wKCH,wKGH->wKCG", k_wKCH.astype(wide), q_wKGH, preferred_element_type=jnp.float32)
-    return scores_wKCG.swapaxes(-1, -2)
+    return product("wKCH,wKGH->wKCG", k_wKCH.astype(wide), q_wKGH).swapaxes(-1, -2)
 
 
 def weigh(scores_wKGC: jax.Array, v_wKCH: jax.Array, seen_Ws: jax.Array, platform: str) -> Partial:
@@ -157,9 +159,7 @@ def weigh(scores_wKGC: jax.Array, v_wKCH: jax.Array, seen_Ws: jax.Array, platfor
     # Where nothing was written there may be NaN, and 0 * NaN is NaN.
     v_wKCH = jnp.where(seen_wC[:, None, :, None], v_wKCH, 0)
     wide = jnp.float32 if platform == "cpu" else v_wKCH.dtype
-    total_wKGH = jnp.einsum(
-        "wKGC,wKCH->wKGH", weights_wKGC.astype(wide), v_wKCH.astype(wide), preferred_element_type=jnp.float32
-    )
+    total_wKGH = product("wKGC,wKCH->wKGH", weights_wKGC.astype(wide), v_wKCH.astype(wide))
     mass_wKG = jnp.sum(weights_wKGC, axis=-1)
     return Partial(
         jnp.sum(total_wKGH.reshape(*tiles, K, G, -1), axis=1),
@@ -181,7 +181,7 @@ def merge(state: Partial, part: Partial, group: Group) -> Partial:
     top_xKG = jnp.maximum(old.top_WKG, jnp.max(jnp.where(mine_xWKG, part.top_WKG, NOTHING), axis=1))
     keep_xKG = jnp.exp(old.top_WKG - top_xKG)
     share_xWKG = jnp.where(mine_xWKG, jnp.exp(part.top_WKG - top_xKG[:, None]), 0)
-    total_xKGH = jnp.einsum("xWKG,WKGH->xKGH", share_xWKG, part.total_WKGH)
+    total_xKGH = product("xWKG,WKGH->xKGH", share_xWKG, part.total_WKGH)
     new = Partial(
         old.total_WKGH * keep_xKG[..., None] + total_xKGH,
         top_xKG,

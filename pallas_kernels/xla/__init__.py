@@ -1,0 +1,1 @@
+"""Attention in plain XLA: CPUs, TPUs, and whatever has no kernel."""
