@@ -13,7 +13,9 @@ BENCHES = {
     "kv": "a move of KV blocks between two lanes beside a memcpy, and what its checksums cost",
     "wire": "KV blocks from process to process over loopback beside a memcpy",
     "overload": "goodput, waits and refusals when more is asked than can be done, simulated and real",
+    "attention": "the work list of attention on a CPU beside gathering everything",
     "load": "an artifact's load against that of a safetensors folder",
+    "ahead": "every kernel compiled for a GPU that is not there: registers, shared memory, launches",
 }
 
 

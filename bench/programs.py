@@ -3,7 +3,8 @@
     %all-reduce.3 = f32[64,256]{1,0} all-reduce(...)      -> all-reduce, 1 call, 65,536 bytes
 
 The bytes are those of the result on one device. An asynchronous collective is counted where it starts; its result
-holds operand and result side by side, of which the last is the result.
+holds operand and result side by side, of which the last is the result. (Some compilers write the start of an
+all-reduce with its result alone, some as `((operand), result)`.)
 """
 
 import re
@@ -12,8 +13,8 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.stages import Compiled
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled, Lowered
 
 from engine.models.config import ModelConfig
 from engine.planning import Choice
@@ -37,7 +38,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     found: dict[str, list[int]] = {}
     for result, kind, start in CALL.findall(text):
         arrays = [array_bytes(*array) for array in ARRAY.findall(result)]
-        if start and kind != "all-reduce":
+        if start and (kind != "all-reduce" or result.startswith("((")):
             arrays = arrays[len(arrays) // 2 :]
         found.setdefault(kind, []).append(sum(arrays))
     each = [Collective(kind, len(sizes), sum(sizes)) for kind, sizes in found.items()]
@@ -52,10 +53,14 @@ def array_bytes(dtype: str, sizes: str) -> int:
 
 def compiled(config: ModelConfig, spec: MeshSpec, choice: Choice, bucket: Bucket) -> Compiled:
     """The program of one bucket, compiled for arrays that nobody makes; the devices of `spec` must be visible."""
-    mesh = lane_meshes(spec, config.heads, config.kv_heads)[0]
+    return lowered(config, lane_meshes(spec, config.heads, config.kv_heads)[0], choice, bucket).compile()
+
+
+def lowered(config: ModelConfig, mesh: Mesh, choice: Choice, bucket: Bucket) -> Lowered:
+    """The program of one bucket for a lane's mesh, whose devices may be those of a topology that is not at hand."""
     sizes = choice.sizes
     weights: dict = {"layers": tuple({} for _ in range(config.num_layers))}
-    for parameter in parameters(config, spec.tp):
+    for parameter in parameters(config, mesh.size):
         *outer, name = parameter.path
         sharding = place(parameter.letters, parameter.shape, TENSOR, mesh)
         home = weights["layers"][outer[1]] if outer else weights
@@ -79,7 +84,7 @@ def compiled(config: ModelConfig, spec: MeshSpec, choice: Choice, bucket: Bucket
     )
     specs = jax.tree.map(lambda w: w.sharding.spec, weights)
     build = step_program(config, sizes, mesh, specs, choice.numerics)
-    return build(bucket).lower(weights, state, draws, jax.ShapeDtypeStruct((bucket.rows, 6), np.int32)).compile()
+    return build(bucket).lower(weights, state, draws, jax.ShapeDtypeStruct((bucket.rows, 6), np.int32))
 
 
 def by_kind(each: Iterable[Collective]) -> dict[str, tuple[int, int]]:

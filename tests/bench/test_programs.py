@@ -23,8 +23,9 @@ def test_a_collective_that_starts_and_ends_apart_is_counted_once():
       %ag = (f32[4]{0}, f32[8]{0}) all-gather-start(%y), dimensions={0}
       %done.1 = f32[8]{0} all-gather-done(%ag)
       %both = (f32[4]{0}, s32[2]{0}) all-reduce(%a, %b), channel_id=1
+      %pair = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%z), channel_id=1
     """
-    assert by_kind(collectives(text)) == {"all-reduce": (2, 16 + 24), "all-gather": (1, 32)}
+    assert by_kind(collectives(text)) == {"all-reduce": (3, 16 + 24 + 16), "all-gather": (1, 32)}
 
 
 def test_the_collectives_of_a_compiled_program_are_found():
