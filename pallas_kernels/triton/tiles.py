@@ -1,0 +1,248 @@
+"""What both Triton kernels do with one tile of s positions: read it, score it, add it to a running softmax.
+
+    place      which block, where in it      s <= C: one block and a slice of it; s > C: a block for each position
+    keys       k_sh, head part by head part  Triton's axes are powers of two: heads of 80 are 64 + 16, of 96 64 + 32
+    scores_rs  sum over parts of q_rh . k_sh^T, r rows of queries
+    state      totals_rh, top_r, mass_r      softmax so far, in base 2
+
+Scores are kept in units: q . k itself, or tanh(scale * q . k / cap) under a soft cap. One unit is `unit` powers of
+two, which the exponential multiplies in, so that a plain score costs no multiplication of its own.
+
+Positions that nobody may see can hold NaN, so their values are read as 0. 8-bit numbers need no such care: as read
+here they are always finite, and their scales are read as 0. float8 becomes float by moving its bits, with an
+exponent too small by a constant, which the scale makes good: GPUs before 8.9 have no instruction for it.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pl_triton
+
+from pallas_kernels.pools import Pool, Scaled, geometry
+from pallas_kernels.shape import Shape
+from pallas_kernels.target import Target
+
+NOTHING = -1e30  # the score of an unseen position
+LEAST = -1e25  # the top of rows that saw nothing yet: so far above NOTHING that unseen weights are 0
+LOG2_E = math.log2(math.e)
+MIN_DOT = 16  # the shortest axis of a tensor core product
+HEAD_WIDTHS = (32, 64, 80, 96, 128, 256)
+BLOCKS = (16, 32, 64, 128)
+FLOATS = ("bfloat16", "float16")
+EIGHT_BITS = ("int8", "float8_e4m3fn")
+MAX_GROUP = 64
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    group: int  # query heads of a kv head
+    rows: int  # of both dots: query heads, times tokens for chunks
+    tile: int  # positions
+    block: int
+    parts: tuple[tuple[int, int], ...]  # first and width of each part of a head
+    window: int | None
+    unit: float  # powers of two in one unit of a score
+    squeeze: float | None  # scores are tanh(squeeze * q . k) under a soft cap
+
+
+class Heads(NamedTuple):
+    """What a program multiplies: its queries, and the pools of its kv head."""
+
+    q_rh: tuple[jax.Array, ...]  # by part
+    k: Pool  # of refs
+    v: Pool
+    head: jax.Array
+    weight_dtype: jnp.dtype  # of the product with values; that with keys has the queries'
+
+
+class Place(NamedTuple):
+    """A tile of positions in the pool."""
+
+    block: jax.Array  # one, or [s]
+    offset: pl.Slice | jax.Array  # in the block: a slice of s, or [s]
+    read_s: jax.Array | None  # true where something may be read; None: everywhere
+
+
+class Running(NamedTuple):
+    """Softmax so far, not yet divided by its mass."""
+
+    totals_rh: tuple[jax.Array, ...]  # by part
+    top_r: jax.Array  # in units
+    mass_r: jax.Array
+
+
+def unserved(target: Target, shape: Shape) -> str | None:
+    """Why neither kernel can serve the shape, in words."""
+    if target.platform != "cuda" or target.arch < 80:
+        return f"needs compute capability 8.0 or later, not {target.platform} {target.arch / 10}"
+    if shape.head_width not in HEAD_WIDTHS:
+        return f"head width {shape.head_width} is not one of {HEAD_WIDTHS}"
+    if shape.block not in BLOCKS:
+        return f"blocks of {shape.block} positions are not one of {BLOCKS}"
+    if shape.group > MAX_GROUP:
+        return f"{shape.group} query heads for each kv head are more than {MAX_GROUP}"
+    if shape.dtype not in FLOATS or shape.pool_dtype not in FLOATS + EIGHT_BITS:
+        return f"multiplies 16-bit floats by the same or by 8 bits, not {shape.dtype} by {shape.pool_dtype}"
+    if shape.pool_dtype in EIGHT_BITS and shape.block < 64:
+        return f"8-bit pools have blocks of at least 64 positions, not {shape.block}"
+    return None
+
+
+def form_of(
+    q: jax.Array, k: Pool, *, rows: int, tile: int, scale: float, window: int | None, soft_cap: float | None
+) -> Form:
+    """Of queries [.., N, H] and a pool of keys. Raises ValueError for a pool that Triton cannot address."""
+    N, H = q.shape[-2:]
+    _, K, C, _ = geometry(k)
+    numbers = k.numbers if isinstance(k, Scaled) else k
+    # Pallas counts bytes to choose between offsets of 32 and of 64 bits, and the offsets count numbers.
+    if numbers.dtype.itemsize == 1 and 2**31 < numbers.size <= 2**32:
+        raise ValueError(f"8-bit pool: got {numbers.size} numbers; expected at most 2^31, or more than 2^32")
+    assert tile <= C or not isinstance(k, Scaled), (tile, C)
+    unit, squeeze = (scale, None) if soft_cap is None else (soft_cap, scale / soft_cap)
+    return Form(N // K, rows, tile, C, parts_of(H), window, unit * LOG2_E, squeeze)
+
+
+def parts_of(width: int) -> tuple[tuple[int, int], ...]:
+    """Cut a head into powers of two, largest first: 80 into (0, 64), (64, 16)."""
+    parts = []
+    first = 0
+    while first < width:
+        part = 1 << ((width - first).bit_length() - 1)
+        parts.append((first, part))
+        first += part
+    return tuple(parts)
+
+
+def find(table_ref, base, row, at, form: Form, seen: tuple[jax.Array, jax.Array] | None) -> Place:
+    """Tile `at` of a row. Positions outside of seen[0]..seen[1] - 1 are not read; None: there are none."""
+    s, C = form.tile, form.block
+    position_s = at * s + jnp.arange(s, dtype=jnp.int32)
+    read_s = None if seen is None else (position_s >= seen[0]) & (position_s < seen[1])
+    if s <= C:  # one block, which holds a position that is read, so its number is valid
+        tiles = jnp.int32(C // s)
+        return Place(base + table_ref[row, lax.div(at, tiles)], pl.ds(lax.rem(at, tiles) * s, s), read_s)
+    entries = table_ref.at[row, lax.div(position_s, jnp.int32(C))]
+    numbers_s = pl_triton.load(entries, mask=read_s, other=None if read_s is None else jnp.int32(0))
+    return Place(base + numbers_s, lax.rem(position_s, jnp.int32(C)), read_s)
+
+
+def load_part(pool, place: Place, head, part: tuple[int, int], *, values: bool, dtype) -> jax.Array:
+    """One part of a tile's heads [s, h] in `dtype`."""
+    first, width = part
+    if isinstance(pool, Scaled) and values:  # they lie transposed
+        return widen(pool.numbers[place.block, head, pl.ds(first, width), place.offset], dtype).T
+    if isinstance(pool, Scaled):
+        return widen(pool.numbers[place.block, head, place.offset, pl.ds(first, width)], dtype)
+    if place.read_s is None:
+        return pool[place.block, head, place.offset, pl.ds(first, width)].astype(dtype)
+    block, offset_s = place.block, place.offset
+    if isinstance(offset_s, pl.Slice):  # a masked load wants an index for every axis
+        offset_s = offset_s.start + jnp.arange(offset_s.size)
+    block = block[:, None] if block.ndim else block
+    where = pool.at[block, head, offset_s[:, None], first + jnp.arange(width)[None]]
+    mask = jnp.broadcast_to(place.read_s[:, None], (*offset_s.shape, width))
+    return pl_triton.load(where, mask=mask, other=0.0).astype(dtype)
+
+
+def widen(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """8-bit numbers in `dtype`; float8 comes out smaller by `lack`."""
+    if numbers.dtype == jnp.int8:
+        return numbers.astype(dtype)
+    bits = lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.int16)  # the sign fills the upper half
+    if dtype == jnp.bfloat16:  # sign, 8 bits of exponent, 7 of mantissa, from sign, 4 and 3
+        return lax.bitcast_convert_type((bits << 4) & jnp.int16(0x87F0 - (1 << 16)), jnp.bfloat16)
+    half = lax.bitcast_convert_type((bits << 7) & jnp.int16(0xBFFF - (1 << 16)), jnp.float16)  # sign, 5 and 10
+    return half.astype(dtype)
+
+
+def lack(numbers_dtype: jnp.dtype, dtype: jnp.dtype) -> float:
+    """What `widen` leaves to multiply by: exponents are biased by 7 in float8, 127 in bfloat16, 15 in float16."""
+    if numbers_dtype == jnp.int8:
+        return 1.0
+    return 2.0 ** (127 - 7) if dtype == jnp.bfloat16 else 2.0 ** (15 - 7)
+
+
+def load_scales(pool: Scaled, place: Place, head, dtype: jnp.dtype) -> jax.Array:
+    """[s], made good for what `widen` to `dtype` lacks; 0 where nothing may be read."""
+    scales_s = pool.scales_PKC[place.block, head, place.offset]
+    if place.read_s is not None:
+        scales_s = jnp.where(place.read_s, scales_s, 0.0)
+    return scales_s * lack(pool.numbers.dtype, dtype)
+
+
+def load_heads(q_ref, k, v, head, token, head_r, live_r, form: Form) -> Heads:
+    """Queries of `token` (one, or [r]) and head_r; rows that are not live are 0."""
+    scaled = isinstance(k, Scaled)
+    narrow = jnp.float32 if q_ref.dtype == jnp.float32 else jnp.bfloat16  # holds any weight times any scale
+    dtype = q_ref.dtype if scaled else k.dtype
+    q_rh = tuple(
+        pl_triton.load(q_ref.at[where], mask=mask, other=0.0).astype(dtype)
+        for where, mask in indices(token, head_r, live_r, form)
+    )
+    return Heads(q_rh, k, v, head, narrow if scaled else v.dtype)
+
+
+def indices(token, head_r, live_r, form: Form):
+    """For each part of a head, where rows lie in an array [.., N, H], and the mask of those that are live."""
+    token = token[:, None] if token.ndim else token
+    for first, width in form.parts:
+        where = (token, head_r[:, None], first + jnp.arange(width)[None])
+        yield where, jnp.broadcast_to(live_r[:, None], (form.rows, width))
+
+
+def nothing_yet(form: Form, top_r: jax.Array | None = None) -> Running:
+    """The state before the first tile; with top_r, after a sink of that score."""
+    zeros_r = jnp.zeros((form.rows,), jnp.float32)
+    totals_rh = tuple(jnp.zeros((form.rows, width), jnp.float32) for _, width in form.parts)
+    if top_r is None:
+        return Running(totals_rh, zeros_r + LEAST, zeros_r)
+    return Running(totals_rh, jnp.maximum(top_r, LEAST), zeros_r + 1)
+
+
+def meet(state: Running, heads: Heads, place: Place, seen: jax.Array | None, form: Form) -> Running:
+    """Add one tile. seen [1, s] or [r, s] says which row sees which position; None: every row every one."""
+    _, k, v, head, dtype = heads
+    scores_rs = score(heads, place, form)
+    if seen is not None:
+        scores_rs = jnp.where(seen, scores_rs, NOTHING)
+    top_r = jnp.maximum(state.top_r, jnp.max(scores_rs, axis=1))
+    keep_r = jnp.exp2((state.top_r - top_r) * form.unit)
+    weights_rs = jnp.exp2(scores_rs * form.unit - (top_r * form.unit)[:, None])
+    mass_r = state.mass_r * keep_r + jnp.sum(weights_rs, axis=1)
+    if isinstance(v, Scaled):
+        weights_rs *= load_scales(v, place, head, dtype)[None]
+    weights_rs = weights_rs.astype(dtype)
+    totals_rh = tuple(
+        total_rh * keep_r[:, None] + dot(weights_rs, load_part(v, place, head, part, values=True, dtype=dtype))
+        for total_rh, part in zip(state.totals_rh, form.parts, strict=True)
+    )
+    return Running(totals_rh, top_r, mass_r)
+
+
+def score(heads: Heads, place: Place, form: Form) -> jax.Array:
+    """Scores [r, s] in units."""
+    q_rh, k, _, head, _ = heads
+    scores_rs = sum(
+        dot(q_part_rh, load_part(k, place, head, part, values=False, dtype=q_part_rh.dtype).T)
+        for q_part_rh, part in zip(q_rh, form.parts, strict=True)
+    )
+    if isinstance(k, Scaled):
+        scores_rs *= load_scales(k, place, head, q_rh[0].dtype)[None]
+    return scores_rs if form.squeeze is None else tanh(form.squeeze * scores_rs)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """By one exponential and one division, without branches; off by 1e-7 at most."""
+    return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32; float32 operands are not rounded to the tensor cores' TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
