@@ -212,7 +212,7 @@ def memory(plan: Plan, runner: Runner) -> dict[str, dict[str, int]]:
     temporaries = max(program.temp_bytes or 0 for program in runner.programs.values())
     pairs = {
         "weights": (_local_bytes(runner.model.weights), plan.weights_bytes),
-        "kv": (_local_bytes((state.k_PKCH, state.v_PKCH)), plan.kv_bytes),
+        "kv": (_local_bytes((state.k, state.v)), plan.kv_bytes),
         "state": (_local_bytes(rest), plan.state_bytes),
         "temporaries": (temporaries, plan.temporary_bytes),
     }

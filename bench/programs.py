@@ -7,8 +7,9 @@ holds operand and result side by side, of which the last is the result. (Some co
 all-reduce with its result alone, some as `((operand), result)`.)
 """
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 
 import jax
@@ -20,7 +21,7 @@ from engine.models.config import ModelConfig
 from engine.planning import Choice
 from engine.runner.buckets import Bucket
 from engine.runner.draws import FIELDS, Draws
-from engine.runner.state import STATE, State, pool_dtype
+from engine.runner.state import POOL, State, pool_dtype, pools
 from engine.runner.step import step_program
 from engine.weights.layout import parameters
 from sharding.estimate import Collective
@@ -65,16 +66,14 @@ def lowered(config: ModelConfig, mesh: Mesh, choice: Choice, bucket: Bucket) -> 
         sharding = place(parameter.letters, parameter.shape, TENSOR, mesh)
         home = weights["layers"][outer[1]] if outer else weights
         home[name] = jax.ShapeDtypeStruct(parameter.shape, choice.dtype, sharding=sharding)
-    held = pool_dtype(choice.dtype, mesh.devices.flat[0].platform)
+    held = pool_dtype(choice.dtype, mesh.devices.flat[0].platform, sizes.kv_dtype)
     pool = (config.num_layers * sizes.num_blocks, config.kv_heads, sizes.block_size, config.head_width)
+
+    def at(where: PartitionSpec) -> Callable[..., jax.ShapeDtypeStruct]:
+        return functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, where))
+
     lines = [(sizes.max_rows, sizes.max_length), (sizes.max_rows, sizes.table_width)]
-    shapes = State((pool, held), (pool, held), *((line, np.int32) for line in lines))
-    state = State(
-        *(
-            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, at))
-            for (shape, dtype), at in zip(shapes, STATE, strict=True)
-        )
-    )
+    state = State(*pools(pool, held, at(POOL)), *(at(PartitionSpec())(line, np.int32) for line in lines))
     whole = NamedSharding(mesh, PartitionSpec())
     draws = Draws(
         **{

@@ -127,6 +127,9 @@ class Settings:
     dtype: str = row(
         "auto", one_of("auto", "float32", "bfloat16", "float16"), "of weights and KV; auto suits the device"
     )
+    kv_dtype: str = row(
+        "auto", one_of("auto", "int8", "fp8"), "of KV blocks: 8 bits halve them, with a scale a token and head"
+    )
     max_model_len: int | None = row(None, COUNT, "longest sequence, prompt and output; at most the model's context")
     kv_memory: int | None = row(None, BYTES, "bytes of each device for KV blocks")
     block_size: int | None = row(None, BLOCK, "positions in a KV block")

@@ -21,7 +21,7 @@ from engine.errors import ConfigError, wrong
 from engine.models.config import ModelConfig
 from engine.runner.buckets import COARSE, FINE, Bucket, buckets
 from engine.runner.draws import WIDTH
-from engine.runner.state import Sizes, load_lengths, pool_dtype
+from engine.runner.state import Sizes, head_bytes, load_lengths, pool_dtype
 from engine.weights.layout import padded, parameters
 from pallas_kernels.dispatch import CPU, Shape, Target, choose, parts
 from pallas_kernels.dispatch import Choice as Attention
@@ -38,6 +38,7 @@ from sharding.mesh import MeshSpec, lane_axes
 
 WORD, MIB = 4, 1 << 20
 BFLOAT16 = np.dtype(jnp.bfloat16)
+KV_DTYPES = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
 CPU_BLOCK, GPU_BLOCK = 16, 64  # positions
 CPU_CONTEXT, GPU_CONTEXT = 2048, 8192  # unless the model's is shorter or a longer one is asked for
 CPU_ROWS, GPU_ROWS = 8, 256
@@ -182,7 +183,8 @@ def decide(
         expected = f"at least max_num_seqs {rows}, so that every sequence can step"
         raise ConfigError(wrong("max_num_batched_tokens", tokens, expected), field="max_num_batched_tokens")
     block_size = settings.block_size or (CPU_BLOCK if on_cpu else GPU_BLOCK)
-    lane = _lane(kv_ways, spec, dtype, device, settings.numerics)
+    kv_dtype = KV_DTYPES[settings.kv_dtype]
+    lane = _lane(config, kv_ways, spec, dtype, device, settings.numerics, kv_dtype)
     one_block = block_bytes(_decoder(config, spec.tp), lane, block_size)
     memory = settings.kv_memory or _kv_budget(config, spec, dtype, device)
     try:
@@ -192,14 +194,15 @@ def decide(
             f"kv_memory: {error}: one sequence of {context} tokens; lower --max-model-len or raise --kv-memory",
             field="kv_memory",
         ) from error
-    return Choice(dtype, Sizes(blocks, block_size, rows, context), tokens, settings.numerics)
+    return Choice(dtype, Sizes(blocks, block_size, rows, context, kv_dtype), tokens, settings.numerics)
 
 
 def estimate(config: ModelConfig, spec: MeshSpec, device: Device, choice: Choice) -> Plan:
     """The figures of a lane. Raises ShardingError when the heads do not split."""
     kv_ways, rep = lane_axes(spec.tp, config.heads, config.kv_heads)
     sizes, itemsize = choice.sizes, choice.dtype.itemsize
-    decoder, lane = _decoder(config, spec.tp), _lane(kv_ways, spec, choice.dtype, device, choice.numerics)
+    decoder = _decoder(config, spec.tp)
+    lane = _lane(config, kv_ways, spec, choice.dtype, device, choice.numerics, sizes.kv_dtype)
     one_block = block_bytes(decoder, lane, sizes.block_size)
     programs = buckets(sizes.max_rows, choice.max_tokens, COARSE if device.platform == "cpu" else FINE)
     return Plan(
@@ -221,7 +224,7 @@ def estimate(config: ModelConfig, spec: MeshSpec, device: Device, choice: Choice
 
 
 def _step(decoder: Decoder, lane: Lane, choice: Choice, device: Device, bucket: Bucket) -> Step:
-    held = pool_dtype(choice.dtype, device.platform)
+    held = pool_dtype(choice.dtype, device.platform, choice.sizes.kv_dtype)
     group = decoder.heads // lane.tp // (decoder.kv_heads // lane.kv_ways)
     shape = Shape(group, decoder.head_width, choice.sizes.block_size, choice.dtype.name, held.name)
     serve = tuple(choose(part, device.target, shape) for part in parts(choice.numerics, bucket.one_token))
@@ -233,9 +236,17 @@ def _decoder(config: ModelConfig, tp: int) -> Decoder:
     return Decoder(config.num_layers, config.width, ffn, config.heads, config.kv_heads, config.head_width, vocab)
 
 
-def _lane(kv_ways: int, spec: MeshSpec, dtype: np.dtype, device: Device, numerics: str) -> Lane:
-    held = pool_dtype(dtype, device.platform)
-    return Lane(spec.tp, kv_ways, dtype.itemsize, held.itemsize, numerics == "invariant")
+def _lane(
+    config: ModelConfig,
+    kv_ways: int,
+    spec: MeshSpec,
+    dtype: np.dtype,
+    device: Device,
+    numerics: str,
+    kv_dtype: str | None,
+) -> Lane:
+    held = pool_dtype(dtype, device.platform, kv_dtype)
+    return Lane(spec.tp, kv_ways, dtype.itemsize, head_bytes(config.head_width, held), numerics == "invariant")
 
 
 def _kv_budget(config: ModelConfig, spec: MeshSpec, dtype: np.dtype, device: Device) -> int:

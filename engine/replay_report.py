@@ -18,14 +18,24 @@ from engine.config import Settings
 from engine.errors import ConfigError, Malformed, ModelError, wrong
 from engine.models.config import ModelConfig, from_hf
 from engine.observe.plan_log import Header, PlanLog
-from engine.planning import Choice
+from engine.planning import KV_DTYPES, Choice
 from engine.progress import progress
 from engine.replica.build import choose, make_runner, plan_header, use_compile_cache
 from engine.replica.replay import Outcome, Replay
 from engine.weights.source import resolve
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of log-probabilities, in fast numerics
-FIXED = ("revision", "dtype", "vocab", "num_blocks", "block_size", "max_rows", "max_length", "max_tokens")
+FIXED = (
+    "revision",
+    "dtype",
+    "kv_dtype",
+    "vocab",
+    "num_blocks",
+    "block_size",
+    "max_rows",
+    "max_length",
+    "max_tokens",
+)
 MUCH = 1 << 60  # bytes for blocks: their number is the log's
 VERSIONS = ("device", "serac", "jax", "jaxlib")
 
@@ -60,6 +70,7 @@ def chosen(header: Header, settings: Settings, config: ModelConfig) -> tuple[Cho
     logged = replace(
         settings,
         dtype=header.dtype,
+        kv_dtype=next((name for name, kind in KV_DTYPES.items() if kind == header.kv_dtype), "auto"),
         max_model_len=header.max_length,
         block_size=header.block_size,
         max_num_seqs=header.max_rows,

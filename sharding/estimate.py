@@ -15,8 +15,8 @@ from typing import NamedTuple
 WORD = 4  # bytes of an int32 or a float32
 PLAIN_WORDS = 4  # of a row, reduced by a plain draw: is it finite, the largest logit, the best draw, its token
 PLAIN_CALLS = 3  # XLA joins the two minima in one
-QUERY_TILE = 64  # tokens that pallas_kernels/chunks.py takes at a time
-GROUP = 16  # tiles of positions that pallas_kernels/decode.py takes at a time
+QUERY_TILE = 64  # tokens that pallas_kernels/xla/chunks.py takes at a time
+GROUP = 16  # tiles of positions that pallas_kernels/xla/decode.py takes at a time
 MOST_BIASES = 1024  # of a row of the sampler
 
 
@@ -33,12 +33,15 @@ class Decoder(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """How a decoder is spread: tp devices, kv_ways of them splitting the kv heads; bytes of one number of each."""
+    """How a decoder is spread: tp devices, kv_ways of them splitting the kv heads.
+
+    weight_bytes of one number, kv_head_bytes of the keys of one head and position.
+    """
 
     tp: int
     kv_ways: int
     weight_bytes: int
-    kv_bytes: int
+    kv_head_bytes: int
     invariant: bool = False
 
 
@@ -58,7 +61,7 @@ class Collective(NamedTuple):
 def block_bytes(decoder: Decoder, lane: Lane, block_size: int) -> int:
     """Bytes of one block: keys and values of every layer, the heads of one device."""
     positions = 2 * decoder.num_layers * block_size
-    return positions * (decoder.kv_heads // lane.kv_ways) * decoder.head_width * lane.kv_bytes
+    return positions * (decoder.kv_heads // lane.kv_ways) * lane.kv_head_bytes
 
 
 def pool_blocks(memory_bytes: int, one_block: int, sequence_blocks: int, max_rows: int) -> int:

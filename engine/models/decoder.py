@@ -25,6 +25,7 @@ from engine.models.norm import rms_norm
 from engine.models.project import Method, column_parallel, mesh_size, row_parallel, shard_index
 from engine.models.rope import angles, turn
 from pallas_kernels.dispatch import CPU, Numerics, Rows, Target, attention, write_kv
+from pallas_kernels.pools import Pool, geometry
 from sharding.rules import TP
 
 Weights = Mapping[str, jax.Array]
@@ -52,8 +53,8 @@ class Step:
 def forward_local(
     config: ModelConfig,
     weights: Mapping,
-    k_PKCH: jax.Array,
-    v_PKCH: jax.Array,
+    k: Pool,
+    v: Pool,
     tokens_T: jax.Array,
     positions_T: jax.Array,
     rows: Rows,
@@ -62,7 +63,7 @@ def forward_local(
     numerics: Numerics,
     one_token: bool,
     target: Target = CPU,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pool, Pool]:
     """Hidden states after the final norm [T, D], and both pools with the step's keys and values written.
 
     slots_T     block of each token as layer 0 counts; negative: the token's keys and values are dropped
@@ -73,15 +74,15 @@ def forward_local(
     how = Method(numerics, target)
     how.check(mesh_size())
     cos_TH, sin_TH = angles(config.rope, config.head_width, positions_T)
-    offsets_T = positions_T % k_PKCH.shape[2]
+    offsets_T = positions_T % geometry(k)[2]
     step = Step(config, how, rows, slots_T, offsets_T, cos_TH, sin_TH, num_blocks, one_token)
     x_TD = embed_local(weights, tokens_T)
     for layer, layer_weights in enumerate(weights["layers"]):
         with jax.named_scope(f"layer{layer}"):
-            y_TD, k_PKCH, v_PKCH = _attend(step, layer, layer_weights, x_TD, k_PKCH, v_PKCH)
+            y_TD, k, v = _attend(step, layer, layer_weights, x_TD, k, v)
             x_TD = x_TD + y_TD
             x_TD = x_TD + _feed_forward(step, layer_weights, x_TD)
-    return rms_norm(x_TD, weights["final_norm_D"], config.norm_eps, numerics), k_PKCH, v_PKCH
+    return rms_norm(x_TD, weights["final_norm_D"], config.norm_eps, numerics), k, v
 
 
 def logits_local(
@@ -112,18 +113,18 @@ def embed_local(weights: Mapping, tokens_T: jax.Array) -> jax.Array:
 
 
 def _attend(
-    step: Step, layer: int, weights: Weights, x_TD: jax.Array, k_PKCH: jax.Array, v_PKCH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    step: Step, layer: int, weights: Weights, x_TD: jax.Array, k: Pool, v: Pool
+) -> tuple[jax.Array, Pool, Pool]:
     """What attention adds to the hidden state, and the pools with this layer's keys and values."""
     config, T = step.config, x_TD.shape[0]
     x_TD = rms_norm(x_TD, weights["norms_2D"][0], config.norm_eps, step.how.numerics)
     q_TNH, k_TKH, v_TKH = _heads(step, weights, x_TD)
-    slots_T = step.slots_of(layer, k_PKCH.shape[0])
-    k_PKCH, v_PKCH = write_kv(k_PKCH, v_PKCH, k_TKH, v_TKH, slots_T, step.offsets_T)
+    slots_T = step.slots_of(layer, geometry(k)[0])
+    k, v = write_kv(k, v, k_TKH, v_TKH, slots_T, step.offsets_T)
     o_TNH = attention(
         q_TNH,
-        k_PKCH,
-        v_PKCH,
+        k,
+        v,
         step.rows,
         base=layer * step.num_blocks,
         scale=config.head_width**-0.5,
@@ -133,7 +134,7 @@ def _attend(
         target=step.how.target,
     )
     y_TD = row_parallel(o_TNH.reshape(T, -1), weights["wo_XD"], config.heads * config.head_width, step.how)
-    return y_TD + weights["bo_D"] if config.o_bias else y_TD, k_PKCH, v_PKCH
+    return y_TD + weights["bo_D"] if config.o_bias else y_TD, k, v
 
 
 def _heads(step: Step, weights: Weights, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -39,6 +39,7 @@ class Header:
     model: str
     revision: str
     dtype: str
+    kv_dtype: str  # auto, or of 8-bit pools
     numerics: str
     mesh: str
     device: str

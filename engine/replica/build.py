@@ -37,6 +37,7 @@ from engine.replica.replica import ModelInfo, Replica
 from engine.runner.buckets import COARSE, FINE, buckets
 from engine.runner.moves import move_sizes
 from engine.runner.runner import Model, Runner
+from engine.runner.state import head_bytes, pool_dtype
 from engine.text.text import Text
 from engine.weights.load import load
 from engine.weights.source import ModelFolder, resolve
@@ -64,8 +65,7 @@ def replica(settings: Settings, progress: Progress = lambda *_: None, clock: Clo
     limits = Limits(
         config.vocab, sizes.max_length, (sizes.num_blocks - 1) * sizes.block_size, sizes.block_size, eos_ids
     )
-    dtype = str(choices[0].dtype)
-    root = prefix.root(folder.revision, settings.numerics, dtype, "k_PKCH", str(sizes.block_size))
+    root = prefix.root(folder.revision, settings.numerics, kv_kind(choices[0]), str(sizes.block_size))
     metrics, clock = Metrics(CollectorRegistry()), clock or SystemClock()
     made = Replica(
         info, text, limits, clock, metrics, root, max_open=settings.max_calls, max_wait_s=settings.max_wait
@@ -119,7 +119,14 @@ def move_sizes_of(config: ModelConfig, heads: int, choice: Choice, mesh: Mesh) -
 
 def block_bytes_of(config: ModelConfig, heads: int, choice: Choice) -> int:
     """Bytes of the keys and values of `heads` kv heads, of all layers, in one block."""
-    return 2 * config.num_layers * heads * choice.sizes.block_size * config.head_width * choice.dtype.itemsize
+    one = head_bytes(config.head_width, pool_dtype(choice.dtype, "any", choice.sizes.kv_dtype))
+    return 2 * config.num_layers * heads * choice.sizes.block_size * one
+
+
+def kv_kind(choice: Choice) -> str:
+    """What the numbers in the blocks are."""
+    kv_dtype = choice.sizes.kv_dtype
+    return f"{choice.dtype} keys first" if kv_dtype is None else f"{choice.dtype} as {kv_dtype} keys first"
 
 
 def _courier(
@@ -176,6 +183,7 @@ def plan_header(
         model=model,
         revision=folder.revision,
         dtype=str(choice.dtype),
+        kv_dtype=sizes.kv_dtype or "auto",
         numerics=choice.numerics,
         mesh=f"tp={mesh.size}",
         device=mesh.devices.flat[0].device_kind,
@@ -293,6 +301,7 @@ def describe(
         "lanes": spoken(lanes),
         "lane_axes": dict(runner.model.mesh.shape),
         "dtype": str(choice.dtype),
+        "kv_dtype": choice.sizes.kv_dtype or str(choice.dtype),
         "numerics": choice.numerics,
         "context": choice.sizes.max_length,
         "block_size": choice.sizes.block_size,
@@ -302,7 +311,7 @@ def describe(
         "programs": len(runner.programs),
         "buckets": [str(bucket) for bucket in runner.buckets],
         "weights_bytes": _device_bytes(runner.model.weights),
-        "kv_bytes": _device_bytes((runner.state.k_PKCH, runner.state.v_PKCH)),
+        "kv_bytes": _device_bytes((runner.state.k, runner.state.v)),
         "state_bytes": _device_bytes((runner.state.history_RS, runner.state.table_RM, runner.draws)),
         "temporary_bytes": max((p.temp_bytes or 0) for p in runner.programs.values()),
         "compile_seconds": round(sum(p.compile_s for r in runners for p in r.programs.values()), 2),

@@ -23,6 +23,7 @@ from engine.replica.build import (
     block_bytes_of,
     choose,
     describe,
+    kv_kind,
     make_runner,
     move_sizes_of,
     open_plan_log,
@@ -33,7 +34,7 @@ from engine.replica.build import (
 from engine.replica.joined import Bytes
 from engine.replica.lane import Courier, Device, Lane
 from engine.replica.recorded import Recorded
-from engine.runner.moves import Staged
+from engine.runner.moves import Staged, staged_tile
 from engine.text.text import Text
 from engine.weights.source import resolve
 from engine.weights.tensors import check_vocabulary, choose_dtype
@@ -67,7 +68,7 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
     log = open_plan_log(settings, plan_header(slot, settings.model, folder, config, choice, mesh), metrics)
     device: Device = runner if log is None else Recorded(runner, log)
     sizes, eos_ids = choice.sizes, tuple(text.eos_ids)
-    root = prefix.root(folder.revision, settings.numerics, str(choice.dtype), "k_PKCH", str(sizes.block_size))
+    root = prefix.root(folder.revision, settings.numerics, kv_kind(choice), str(sizes.block_size))
     shape = shape_of(settings, choice, config, eos_ids)
 
     def make_lane(name: str, courier: Courier) -> Lane:
@@ -75,15 +76,15 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
         agent = Agent(name, Scheduler(shape, root), max(moved))
         return Lane(agent, device, clock, metrics, courier, lambda: runner.compiles.late)
 
-    pool = runner.state.k_PKCH
+    width, dtype = staged_tile(runner.state.k)
     geometry = Geometry(
         config.num_layers,
         config.kv_heads,
-        config.head_width,
-        pool.dtype.name,
+        width,
+        dtype.name,
         sizes.block_size,
         folder.revision,
-        settings.numerics,
+        f"{settings.numerics}, {kv_kind(choice)}",
     )
     facts = {
         "name": folder.name,

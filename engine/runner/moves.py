@@ -7,6 +7,9 @@ of a few sizes; a shorter list is padded with block 0, the sink: read for nothin
 size is two programs. Both dispatch and return: a gather reads what the steps before it wrote, and the steps behind
 a scatter see its blocks. (XLA on a CPU runs what waits for nothing in the thread that dispatches it.)
 
+An 8-bit pool is staged as bytes, the scale of a position behind its numbers and values turned as keys are, so that
+what carries, cuts and sums Staged knows nothing of it: [K, L, n, C, H + 4] in uint8.
+
 Cost on a CPU: about a copy of what moves each, and no temporaries that grow with the pools. A piece is small there:
 it stays in the caches from gather to scatter, and in memory that the allocator keeps; large arrays are handed back
 to the system each time, and every page of them faults anew. On a GPU (compiled for an H200, not run) a gather is
@@ -23,8 +26,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.runner.buckets import ladder
-from engine.runner.state import POOL
+from engine.runner.state import POOL, SCALE_BYTES
 from pallas_kernels.dispatch import platform_of
+from pallas_kernels.pools import Pool, Scaled
 
 MOST_SIZES = 4  # two programs each
 MOST_BLOCKS = 64
@@ -87,7 +91,7 @@ class MovePrograms:
         self.gathers: dict[int, Callable] = {}
         self.scatters: dict[int, Callable] = {}
 
-    def compile(self, size: int, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def compile(self, size: int, pools: tuple[Pool, Pool]) -> tuple[Pool, Pool]:
         """Compile both programs of `size` and run them once; the pools afterwards, equal but for their sinks."""
         sinks = np.zeros(size, np.int32)
         gather, scatter = gather_program(self.mesh, self.num_layers), scatter_program(self.mesh, self.num_layers)
@@ -96,14 +100,12 @@ class MovePrograms:
         self.scatters[size] = scatter.lower(*pools, *staged, sinks).compile()
         return self.scatters[size](*pools, *staged, sinks)
 
-    def gather(self, pools: tuple[jax.Array, jax.Array], blocks: Sequence[int]) -> Staged:
+    def gather(self, pools: tuple[Pool, Pool], blocks: Sequence[int]) -> Staged:
         """The content of `blocks`, first blocks of the smallest size that holds them."""
         size = self._size(len(blocks))
         return Staged(*self.gathers[size](*pools, self._numbers(blocks, size)))
 
-    def scatter(
-        self, pools: tuple[jax.Array, jax.Array], blocks: Sequence[int], staged: Staged
-    ) -> tuple[jax.Array, jax.Array]:
+    def scatter(self, pools: tuple[Pool, Pool], blocks: Sequence[int], staged: Staged) -> tuple[Pool, Pool]:
         """The pools with `staged` in `blocks`; the old ones are donated."""
         if isinstance(staged.keys_KLnCH, np.ndarray):
             staged = place(staged, self.mesh, self._size(len(blocks)))
@@ -122,25 +124,56 @@ class MovePrograms:
 
 
 def gather_program(mesh: Mesh, num_layers: int) -> Callable:
-    """A jitted (k_PKCH, v_PKCH, blocks_n) -> (keys_KLnCH, values_KLnCH)."""
+    """A jitted (k, v, blocks_n) -> (keys_KLnCH, values_KLnCH)."""
 
-    def local(k_PKCH, v_PKCH, blocks_n):
-        return tuple(_gather_local(pool_PKCH, blocks_n, num_layers) for pool_PKCH in (k_PKCH, v_PKCH))
+    def local(k: Pool, v: Pool, blocks_n):
+        arrays = (jax.tree.map(lambda array: _gather_local(array, blocks_n, num_layers), pool) for pool in (k, v))
+        return tuple(_joined(array, turned) for array, turned in zip(arrays, (False, True), strict=True))
 
     specs = (POOL, POOL, PartitionSpec())
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(HEADS, HEADS), check_vma=False))
 
 
 def scatter_program(mesh: Mesh, num_layers: int) -> Callable:
-    """A jitted (k_PKCH, v_PKCH, keys_KLnCH, values_KLnCH, blocks_n) -> (k_PKCH, v_PKCH); the pools are donated."""
+    """A jitted (k, v, keys_KLnCH, values_KLnCH, blocks_n) -> (k, v); the pools are donated."""
     write = _scatter_looping_local if platform_of(mesh.devices.flat[0]) == "cpu" else _scatter_local
 
-    def local(k_PKCH, v_PKCH, keys_KLnCH, values_KLnCH, blocks_n):
-        return write(k_PKCH, keys_KLnCH, blocks_n), write(v_PKCH, values_KLnCH, blocks_n)
+    def local(k: Pool, v: Pool, keys_KLnCH, values_KLnCH, blocks_n):
+        new = _parted(k, keys_KLnCH, False), _parted(v, values_KLnCH, True)
+        return tuple(
+            jax.tree.map(lambda *two: write(*two, blocks_n), *each) for each in zip((k, v), new, strict=True)
+        )
 
     specs = (POOL, POOL, HEADS, HEADS, PartitionSpec())
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(POOL, POOL), check_vma=False)
     return jax.jit(mapped, donate_argnums=(0, 1))
+
+
+def staged_tile(k: Pool) -> tuple[int, np.dtype]:
+    """Width and dtype of a position's keys of one head as they are staged."""
+    if isinstance(k, Scaled):
+        return k.numbers.shape[3] + SCALE_BYTES, np.dtype(np.uint8)
+    return k.shape[3], np.dtype(k.dtype)
+
+
+def _joined(pool: Pool, turned: bool) -> jax.Array:
+    """The arrays of gathered blocks as one; `turned` where positions are last."""
+    if not isinstance(pool, Scaled):
+        return pool
+    numbers = lax.bitcast_convert_type(pool.numbers, jnp.uint8)
+    numbers = numbers.swapaxes(-1, -2) if turned else numbers
+    return jnp.concatenate([numbers, lax.bitcast_convert_type(pool.scales_PKC, jnp.uint8)], axis=-1)
+
+
+def _parted(pool: Pool, staged_KLnCH: jax.Array, turned: bool) -> Pool:
+    """The inverse of `_joined`, for a pool like `pool`."""
+    if not isinstance(pool, Scaled):
+        return staged_KLnCH
+    numbers, scales = jnp.split(staged_KLnCH, [staged_KLnCH.shape[-1] - SCALE_BYTES], axis=-1)
+    numbers = numbers.swapaxes(-1, -2) if turned else numbers
+    return Scaled(
+        lax.bitcast_convert_type(numbers, pool.numbers.dtype), lax.bitcast_convert_type(scales, jnp.float32)
+    )
 
 
 def _places(blocks_n: jax.Array, pool_PKCH: jax.Array, num_layers: int) -> jax.Array:

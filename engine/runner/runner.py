@@ -140,10 +140,10 @@ class Runner:
 
     @property
     def _pools(self) -> tuple[jax.Array, jax.Array]:
-        return self.state.k_PKCH, self.state.v_PKCH
+        return self.state.k, self.state.v
 
     def _keep(self, pools: tuple[jax.Array, jax.Array]) -> None:
-        self.state = self.state._replace(k_PKCH=pools[0], v_PKCH=pools[1])
+        self.state = self.state._replace(k=pools[0], v=pools[1])
 
     def _load(self, plan: StepPlan) -> None:
         pending = sorted(plan.loads, key=lambda load: len(load.tokens))

@@ -1,16 +1,16 @@
 """What a lane keeps on its devices between steps, and how it is made and loaded.
 
-    k_PKCH, v_PKCH   KV of all layers, layer l of block b at l * P + b; split over K on mesh axis kv
+    k, v             KV of all layers, layer l of block b at l * P + b; split over K on mesh axis kv
     history_RS       every token of every row, int32, replicated
     table_RM         block table of every row, int32, replicated
     draws            sampling record of every row, replicated
 
 A Load packs one row: its number, its record, its table and its tokens, padded to one of a few lengths; `load_rows`
 writes up to LOAD_ROWS of them. Rows at or past R are padding and dropped. bfloat16 pools are uint16 on CPU, where
-XLA would widen a bfloat16 scatter.
+XLA would widen a bfloat16 scatter; pools of 8 bits have scales (pallas_kernels/pools.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,17 +22,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.core.plan import Load
 from engine.models.config import ModelConfig
 from engine.runner.draws import BLANK, WIDTH, Draws, decode, encode, store
+from pallas_kernels.pools import Pool, Scaled
 
 LOAD_ROWS = 8
 MOST_LOADS = 4  # programs that load rows, by length
 SHORTEST_LOAD = 64
+SCALE_BYTES = 4
 
 
 class State(NamedTuple):
     """Device arrays of a lane; donated to every program and replaced by its result."""
 
-    k_PKCH: jax.Array
-    v_PKCH: jax.Array
+    k: Pool
+    v: Pool
     history_RS: jax.Array
     table_RM: jax.Array
 
@@ -45,25 +47,41 @@ class Sizes:
     block_size: int
     max_rows: int
     max_length: int
+    kv_dtype: str | None = None  # of 8-bit pools; None: that of the weights
 
     @property
     def table_width(self) -> int:
         return -(-self.max_length // self.block_size)
 
 
-POOL = PartitionSpec(None, "kv", None, None)
+POOL = PartitionSpec(None, "kv")
 STATE = State(POOL, POOL, PartitionSpec(), PartitionSpec())
 
 
-def pool_dtype(dtype: np.dtype, platform: str) -> np.dtype:
-    """The dtype that holds KV of `dtype` on `platform`."""
+def pool_dtype(dtype: np.dtype, platform: str, kv_dtype: str | None = None) -> np.dtype:
+    """The dtype that holds KV of `dtype` on `platform`, or the numbers of 8-bit pools."""
+    if kv_dtype is not None:
+        return np.dtype(jnp.dtype(kv_dtype))
     return np.dtype(np.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else np.dtype(dtype)
+
+
+def head_bytes(width: int, held: np.dtype) -> int:
+    """Bytes of the keys of one head and position, with the scale of 8-bit numbers."""
+    return width * held.itemsize + (SCALE_BYTES if held.itemsize == 1 else 0)
+
+
+def pools(shape: tuple[int, ...], held: np.dtype, array: Callable[..., jax.Array]) -> tuple[Pool, Pool]:
+    """Keys and values, each array made by array(shape, dtype); `shape` is [P, K, C, H]."""
+    if held.itemsize > 1:
+        return array(shape, held), array(shape, held)
+    turned = (*shape[:2], shape[3], shape[2])
+    return tuple(Scaled(array(each, held), array(shape[:3], np.float32)) for each in (shape, turned))
 
 
 def empty_state(config: ModelConfig, sizes: Sizes, mesh: Mesh, dtype: np.dtype) -> State:
     """Zeros everywhere, made on the devices."""
     shape = (config.num_layers * sizes.num_blocks, config.kv_heads, sizes.block_size, config.head_width)
-    held = pool_dtype(dtype, mesh.devices.flat[0].platform)
+    held = pool_dtype(dtype, mesh.devices.flat[0].platform, sizes.kv_dtype)
     lines = (sizes.max_rows, sizes.max_length), (sizes.max_rows, sizes.table_width)
     program = jax.jit(_zeros, static_argnums=(0, 1, 2), out_shardings=shardings(mesh, STATE))
     return program(shape, held, lines)
@@ -71,8 +89,7 @@ def empty_state(config: ModelConfig, sizes: Sizes, mesh: Mesh, dtype: np.dtype) 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, lines: tuple[tuple[int, int], ...]) -> State:
     """A function of the module, so that JAX knows its program when the state is made anew."""
-    pools = [jnp.zeros(shape, dtype) for _ in range(2)]
-    return State(*pools, *(jnp.zeros(line, jnp.int32) for line in lines))
+    return State(*pools(shape, dtype, jnp.zeros), *(jnp.zeros(line, jnp.int32) for line in lines))
 
 
 def empty_draws(sizes: Sizes, mesh: Mesh) -> Draws:
@@ -82,7 +99,7 @@ def empty_draws(sizes: Sizes, mesh: Mesh) -> Draws:
 
 
 def shardings(mesh: Mesh, specs):
-    """NamedShardings for a tree of PartitionSpecs."""
+    """NamedShardings for a tree of PartitionSpecs; the spec of a pool is that of all its arrays."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 

@@ -84,11 +84,11 @@ def _step_local(
     tokens_T = state.history_RS.at[row_B[owner.row_T], owner.position_T].get(mode="clip")
     slots_T = table_BM[owner.row_T, owner.position_T // sizes.block_size]
     slots_T = jnp.where(owner.live_T, slots_T, -1)
-    x_TD, k_PKCH, v_PKCH = forward_local(
+    x_TD, k, v = forward_local(
         config,
         weights,
-        state.k_PKCH,
-        state.v_PKCH,
+        state.k,
+        state.v,
         tokens_T,
         owner.position_T,
         rows,
@@ -102,7 +102,7 @@ def _step_local(
     x_BD = x_TD if bucket.one_token else x_TD[points.token_B]
     logits_BV = logits_local(config, weights, x_BD, numerics, target)
     history_RS, result = _draw(config, bucket, state.history_RS, draws, row_B, points, logits_BV)
-    return State(k_PKCH, v_PKCH, history_RS, table_RM), result
+    return State(k, v, history_RS, table_RM), result
 
 
 def _new_blocks(table_RM: jax.Array, packed_B6: jax.Array, sizes: Sizes) -> jax.Array:

@@ -44,7 +44,7 @@ def test_a_step_decodes_every_row_over_its_positions():
     step()
     after = np.asarray(runner.state.history_RS)
     changed = np.argwhere(before != after)
-    assert set(changed[:, 1].tolist()) <= {20} and np.count_nonzero(np.asarray(runner.state.k_PKCH)) > 0
+    assert set(changed[:, 1].tolist()) <= {20} and np.count_nonzero(np.asarray(runner.state.k)) > 0
 
 
 def test_products_alone_are_a_program_of_their_own():

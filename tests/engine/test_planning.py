@@ -44,21 +44,22 @@ def shard_bytes(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def lane(tp, dtype=np.float32, numerics="fast"):
+def lane(tp, dtype=np.float32, numerics="fast", kv_dtype=None):
     """An idle runner of the odd model, and its plan."""
+    sizes = dataclasses.replace(SIZES, kv_dtype=kv_dtype)
     config, spec, dtype = from_hf(ODD), MeshSpec(tp=tp), np.dtype(dtype)
     mesh = lane_meshes(spec, config.heads, config.kv_heads)[0]
-    plan = estimate(config, spec, CPU, Choice(dtype, SIZES, 8, numerics))
+    plan = estimate(config, spec, CPU, Choice(dtype, sizes, 8, numerics))
     buckets = tuple(step.bucket for step in plan.steps)
-    return plan, Runner(Model(config, random_weights(config, mesh, dtype), mesh, dtype, numerics), SIZES, buckets)
+    return plan, Runner(Model(config, random_weights(config, mesh, dtype), mesh, dtype, numerics), sizes, buckets)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
-def test_planned_bytes_are_the_bytes_of_the_arrays(tp, dtype):
-    plan, runner = lane(tp, dtype)
+@pytest.mark.parametrize("dtype, kv_dtype", [(np.float32, None), (jax.numpy.bfloat16, None), (np.float32, "int8")])
+def test_planned_bytes_are_the_bytes_of_the_arrays(tp, dtype, kv_dtype):
+    plan, runner = lane(tp, dtype, kv_dtype=kv_dtype)
     assert plan.weights_bytes == shard_bytes(runner.model.weights)
-    assert plan.kv_bytes == shard_bytes((runner.state.k_PKCH, runner.state.v_PKCH))
+    assert plan.kv_bytes == shard_bytes((runner.state.k, runner.state.v))
     assert plan.state_bytes == shard_bytes((runner.state.history_RS, runner.state.table_RM, runner.draws))
 
 

@@ -14,7 +14,7 @@ DECODER = Decoder(num_layers=3, width=64, ffn=128, heads=8, kv_heads=2, head_wid
 
 
 def lane(tp, **options):
-    return Lane(tp, min(tp, 2), 4, 4, **options)
+    return Lane(tp, min(tp, 2), 4, 64, **options)
 
 
 def test_a_block_holds_keys_and_values_of_every_layer_and_local_head():

@@ -21,7 +21,7 @@ from sharding.rules import TENSOR, TP, place
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCK = 16
-POOL = P(None, "kv", None, None)
+POOL = P(None, "kv")
 
 
 class Lane:

@@ -14,6 +14,7 @@ HEADER = Header(
     model="embedded",
     revision="r1",
     dtype="float32",
+    kv_dtype="auto",
     numerics="invariant",
     mesh="tp=1",
     device="cpu",

@@ -28,7 +28,7 @@ FULL = ("logprob", "rank", "top_ids", "top_logprobs")
 BLOCKS, BLOCK, ROWS, LENGTH, TOKENS, VOCAB = 60, 4, 6, 64, 16, 997
 WHAT = {"lane": "0", "model": "hash", "revision": "r1", "dtype": "float32", "numerics": "invariant", "mesh": "tp=1"}
 SIZES = {"num_blocks": BLOCKS, "block_size": BLOCK, "max_rows": ROWS, "max_length": LENGTH, "max_tokens": TOKENS}
-HEADER = Header(**WHAT, **SIZES, vocab=VOCAB, device="none", serac="0", jax="0", jaxlib="0")
+HEADER = Header(**WHAT, **SIZES, kv_dtype="auto", vocab=VOCAB, device="none", serac="0", jax="0", jaxlib="0")
 
 
 def hash_device() -> ModelledRunner:

@@ -27,7 +27,7 @@ def logged(runner, hand_lane, folder, fail_at: int = 0) -> PlanLog:
     """What a lane of `runner` did for requests of every kind; the device fails once at collect `fail_at`."""
     sizes, model = runner.sizes, runner.model
     header = Header(
-        **dataclasses.asdict(sizes),
+        **dataclasses.asdict(sizes) | {"kv_dtype": "auto"},
         **{"lane": "0", "model": "tiny", "revision": "r", "device": "cpu", "serac": "", "jax": "", "jaxlib": ""},
         dtype=str(model.dtype),
         numerics=model.numerics,

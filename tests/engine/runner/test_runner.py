@@ -222,7 +222,7 @@ def test_the_cache_is_updated_in_place(runner):
 
 def test_a_bfloat16_lane_draws_tokens_and_reads_its_cache_back(make_runner, hand_lane):
     runner = make_runner(2, "fast", jnp.bfloat16, CHOICES_SMALL)
-    assert runner.state.k_PKCH.dtype == np.uint16
+    assert runner.state.k.dtype == np.uint16
     lane = hand_lane(runner, max_tokens=16, max_rows=4)
     lane.submit("a", prompt(30), temperature=0.0, max_tokens=6)
     got = list(lane.run().tokens["a", 0])
