@@ -21,9 +21,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 from bench import ahead_step
-from bench.ahead_compile import DUMP, WORD
+from bench.ahead_compile import WORD
 from pallas_kernels import served
 
 PACKAGES = {  # and their versions, None for that of jax
@@ -36,6 +37,8 @@ ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests/pallas_kernels/compiled.json"
 REFRESH = "python -m bench ahead --write"
 WORKERS = 2
+EQUAL = ("registers", "spill_bytes", "shared_bytes")  # of a kernel and its record
+NO_LESS = ("wgmma", "mma", "tma")
 STEPS = tuple(step.name for step in ahead_step.STEPS)
 Row = dict[str, object]
 
@@ -96,40 +99,32 @@ def compile_share(python: str, names: Sequence[str], timeout_s: float) -> Iterat
     """Rows as they come; after a row that ends its process another process goes on."""
     left = list(names)
     while left:
-        last = None
-        with tempfile.TemporaryDirectory(prefix="serac-ahead-") as dump:
-            errors = Path(dump) / "errors.log"
-            for row in lines_of(python, left, Path(dump), errors, timeout_s):
-                last = row["name"]
+        begun = left[0]
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            for row in lines_of(python, left, errors, timeout_s):
+                begun = str(row["name"])
                 if "began" not in row:
-                    left.remove(last)
+                    left.remove(begun)
                     yield row
             if left:
-                said = errors.read_text(errors="replace").strip().splitlines() or ["nothing"]
-                if last not in left:
-                    last = left[0]
-                left.remove(last)
-                yield {"name": last, "error": telling(said)}
+                lost = begun if begun in left else left[0]
+                left.remove(lost)
+                errors.seek(0)
+                yield {"name": lost, "error": telling(errors.read().splitlines())}
 
 
 def telling(said: Sequence[str]) -> str:
     """The line that says why a process ended."""
     wanted = [words for words in said if "ERROR" in words or "Error" in words]
-    return (wanted or said)[-1][-500:]
+    return (wanted or [*said] or ["it said nothing"])[-1][-500:]
 
 
-def lines_of(python: str, names: Sequence[str], dump: Path, errors: Path, timeout_s: float) -> Iterator[Row]:
+def lines_of(python: str, names: Sequence[str], errors: TextIO, timeout_s: float) -> Iterator[Row]:
     """What one process tells, line by line."""
-    files = dump / "files"
-    files.mkdir()
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=str(files), **{DUMP: str(files)})
-    environment["XLA_FLAGS"] = f"--xla_dump_to={files} --xla_dump_emitter_re=ptx --xla_dump_hlo_pass_re=NONE"
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     command = [python, "-W", "ignore", "-m", "bench.ahead_compile", *names]
-    with errors.open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT
-        )
+    pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     late = threading.Timer(timeout_s, process.kill)
     late.start()
     try:
@@ -147,17 +142,35 @@ def spills(row: Row) -> int:
     return sum(kernel["spill_bytes"] for kernel in row.get("kernels", {}).values())
 
 
+def differences(found: Mapping[str, Row], recorded: Mapping[str, Row]) -> list[str]:
+    """Where `found` is not as recorded: registers, spills and shared memory equal, tensor cores and TMA no less."""
+    lines = [f"{name}: recorded, but no row is called so" for name in recorded.keys() - found.keys()]
+    for name, row in found.items():
+        old = recorded.get(name, {})
+        if "error" in row or "kernels" not in old:
+            lines.append(f"{name}: {row.get('error', 'not recorded')}")
+            continue
+        if row["kernels"].keys() != old["kernels"].keys():
+            lines.append(f"{name}: kernels {sorted(row['kernels'])}, recorded {sorted(old['kernels'])}")
+            continue
+        for kernel, now in row["kernels"].items():
+            then = old["kernels"][kernel]
+            off = [what for what in EQUAL if now[what] != then[what]]
+            off += [what for what in NO_LESS if now[what] < then[what]]
+            lines += [f"{name}: {kernel}: {what} {now[what]}, recorded {then[what]}" for what in off]
+    return lines
+
+
 def line(row: Row) -> str:
     """A row of the table."""
     if "error" in row:
         return f"{row['name']:<42} FAILED {row['error']}"
     kernels = [kernel_words(name, each) for name, each in row["kernels"].items()] or ["no kernel"]
-    facts = f"{row['launches']:>4} launches {row['temp_bytes'] / 2**20:8.1f} MiB temporary"
+    facts = f"{row['launches']:>4} launches, {row['host_calls']:>3} calls {row['temp_bytes'] / 2**20:7.1f} MiB"
     seconds = f"{row['lower_s']:5.1f} + {row['compile_s']:.1f} s"
-    extra = (
-        f"; executable {row['executable_bytes']} bytes in {row['serialise_s']} s" if "serialise_s" in row else ""
-    )
-    return f"{row['name']:<42} {facts} {seconds}{extra}; {'; '.join(kernels)}"
+    if "serialise_s" in row:
+        kernels.append(f"executable of {row['executable_bytes']} bytes written in {row['serialise_s']} s")
+    return f"{row['name']:<42} {facts} {seconds}; {'; '.join(kernels)}"
 
 
 def kernel_words(name: str, kernel: Mapping) -> str:

@@ -10,7 +10,8 @@ wrong architecture aborts the process, so the name of what it begins goes out fi
     both         registers, spills, warnings                           ptxas -v of the dumped .ptx
     Mosaic       shared memory: scratch, and 8 bytes a barrier         .resources.txt (jax 0.11 and newer)
     Triton       shared memory                                         thunk_sequence.txt
-    the program  launches; those inside command buffers (0.11)         thunk_sequence*.txt
+    the program  launches; command buffers (graphs of CUDA), what is   thunk_sequence*.txt
+                 inside them, and calls that are left to the host
 
 Cost: 4 s to start, about 2 s a kernel. Needs the packages that `bench.ahead` names.
 Source: the options of XLA's debugging dumps, jaxlib/mosaic/gpu/dump.h.
@@ -23,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +38,6 @@ from bench import ahead_step
 from pallas_kernels import served
 from pallas_kernels.target import Target
 
-DUMP = "SERAC_AHEAD_DUMP"  # names the folder of dumped files
 WORD = "AHEAD "  # before what this process tells; other lines on standard output are the compiler's
 CONFIGS = Path(__file__).parent / "ahead_targets"
 ENTRY = re.compile(r"\.visible \.entry (\w+)\(")
@@ -47,11 +48,15 @@ Figures = dict[str, object]
 
 
 def main(names: list[str]) -> int:
-    """Compile what is named, one line of JSON a program."""
-    jax.devices()  # the plugin registers its platform when backends are made
-    for name in names:
-        tell({"name": name, "began": True})
-        tell({"name": name, **figures(name)})
+    """Compile what is named, one line of JSON a program. JAX_PLATFORMS must be cpu."""
+    with tempfile.TemporaryDirectory(prefix="serac-ahead-") as folder:
+        # Only the assembler's input is dumped of XLA's kernels: everything would cost 20 s a kernel.
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx --xla_dump_hlo_pass_re=NONE"
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        jax.devices()  # reads the flags, and the plugin registers its platform
+        for name in names:
+            tell({"name": name, "began": True})
+            tell({"name": name, **figures(name, Path(folder))})
     return 0
 
 
@@ -60,9 +65,8 @@ def tell(line: Figures) -> None:
     print(WORD + json.dumps(line), flush=True)
 
 
-def figures(name: str) -> Figures:
-    """Lower and compile one program, and read it."""
-    dump = Path(os.environ[DUMP])
+def figures(name: str, dump: Path) -> Figures:
+    """Lower and compile one program, and read it and the files that were dumped."""
     for file in dump.iterdir():
         file.unlink()
     if name.startswith(ahead_step.NAME):
@@ -116,7 +120,7 @@ def read(compiled: Compiled, dump: Path) -> Figures:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     launches = (dump_file(dump, "thunk_sequence.txt") or "").splitlines()
-    buffered = (dump_file(dump, "thunk_sequence_after_thunk_passes.txt") or "").splitlines()
+    passed = (dump_file(dump, "thunk_sequence_after_thunk_passes.txt") or "").splitlines()
     found = mosaic_kernels(dump) | triton_kernels(dump, text, launches)
     calls = text.count('custom_call_target="mosaic_gpu'), text.count('custom_call_target="__gpu$xla.gpu.triton"')
     if bool(sum(calls)) != bool(found):
@@ -127,9 +131,28 @@ def read(compiled: Compiled, dump: Path) -> Figures:
         "argument_bytes": memory.argument_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "launches": sum(bool(LAUNCH.search(line)) for line in launches),
-        "command_buffers": sum("kCommandBuffer" in line for line in buffered),
+        "launches": sum(map(is_launch, launches)),
+        "buffers": sum("kCommandBuffer" in line for line in passed),
+        "buffered_launches": sum(map(is_launch, in_buffers(passed))),
+        "host_calls": sum(not line.startswith(" ") for line in passed or launches),
     }
+
+
+def is_launch(line: str) -> bool:
+    """Whether a line of a thunk sequence is work for the device, and not what holds others."""
+    return bool(LAUNCH.search(line))
+
+
+def in_buffers(lines: list[str]) -> list[str]:
+    """The lines of a thunk sequence that stand, indented, below a command buffer."""
+    found, depth = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if depth is not None and indent > depth:
+            found.append(line)
+        else:
+            depth = indent if "kCommandBuffer" in line else None
+    return found
 
 
 def dump_file(dump: Path, ending: str) -> str | None:

@@ -7,7 +7,8 @@ counted in the text of the compiled program: collectives beside sharding/estimat
 cache that are copied or transposed, calls of kernels. The executable is written out and measured; it is never read
 back here, since that would need a GPU.
 
-Ahead of time nothing is tuned, so which library multiplies is fixed by an option and both are compiled.
+Ahead of time nothing is tuned, so which library multiplies is fixed by an option and both are compiled. Collectives
+join the command buffers only when asked to: then the whole step is one call of the host.
 Cost: 4 to 8 s a step.
 """
 
@@ -51,32 +52,36 @@ MODEL = ModelConfig(
 )
 CHOICE = Choice(np.dtype(jnp.bfloat16), Sizes(8192, 64, 64, 8192), 2048, "fast")
 GPU = DEVICES["h200"]
+DECODE, MIXED = Bucket(64, 64, True, False), Bucket(2048, 64, False, False)
 MOVED = re.compile(r"= (\(.*?\)|\S+) (copy|transpose|copy-start)\(")
 
 
 class Step(NamedTuple):
-    """One program: its padded shape, and whether XLA's Triton multiplies or cuBLAS."""
+    """One program: its padded shape, and options of XLA other than its own."""
 
     bucket: Bucket
-    triton_gemm: bool
+    odd: str = ""
 
     @property
     def name(self) -> str:
         """As it stands in tables."""
         kind = "decode" if self.bucket.one_token else "mixed"
-        return f"{NAME}{kind} {self.bucket.tokens} tp={TP}" + ("" if self.triton_gemm else " cublas")
+        return f"{NAME}{kind} {self.bucket.tokens} tp={TP} {self.odd}".strip()
 
     @property
-    def options(self) -> dict[str, bool]:
+    def options(self) -> dict[str, bool | str]:
         """For the compiler."""
-        return {"xla_gpu_enable_triton_gemm": self.triton_gemm}
+        return OPTIONS[self.odd]
 
 
-STEPS = tuple(
-    Step(bucket, triton_gemm)
-    for bucket in (Bucket(64, 64, True, False), Bucket(2048, 64, False, False))
-    for triton_gemm in (True, False)
-)
+OPTIONS = {
+    "": {"xla_gpu_enable_triton_gemm": True},
+    "cublas": {"xla_gpu_enable_triton_gemm": False},
+    "one graph": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,COLLECTIVES,CONDITIONAL"
+    },
+}
+STEPS = tuple(Step(bucket, odd) for bucket in (DECODE, MIXED) for odd in OPTIONS)
 
 
 def named(name: str) -> Step:
