@@ -14,18 +14,21 @@ The choice is made while tracing, from arguments alone: no device is asked, and 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ragged
+from pallas_kernels import ragged, tuned
 from pallas_kernels.blocks import write_kv
+from pallas_kernels.mosaic import decode as mosaic_decode
 from pallas_kernels.pools import Pool, Scaled, geometry
+from pallas_kernels.ragged import Attend
 from pallas_kernels.rows import Rows
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import CPU, Target, platform_of, target_of
+from pallas_kernels.triton import chunks as triton_chunks
+from pallas_kernels.triton import decode as triton_decode
 from pallas_kernels.xla import chunks as xla_chunks
 from pallas_kernels.xla import decode as xla_decode
 from pallas_kernels.xla import ordered as xla_ordered
@@ -53,7 +56,8 @@ __all__ = [
 class Kernel(Protocol):
     """A module that serves one part."""
 
-    attend: Callable[..., tuple[jax.Array, jax.Array]]
+    attend: Attend
+    Config: type[tuple]
 
     def unserved(self, target: Target, shape: Shape) -> str | None:
         """Why it cannot serve this shape, in words."""
@@ -67,7 +71,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-KERNELS: dict[Part, tuple[tuple[str, Kernel], ...]] = {"decode": (), "chunks": (), "ordered": ()}
+KERNELS: dict[Part, tuple[tuple[str, Kernel], ...]] = {
+    "decode": (("mosaic", mosaic_decode), ("triton", triton_decode)),
+    "chunks": (("triton", triton_chunks),),
+    "ordered": (),
+}
 
 
 def attention(q_TNH: jax.Array, k: Pool, v: Pool, rows: Rows, **options) -> jax.Array:
@@ -96,7 +104,7 @@ def attention_with_lse(
     base        added to the table: l * P for layer l of a pool that holds all layers
     soft_cap    scores become soft_cap * tanh(score / soft_cap)
     sinks_N     a logit of each query head that joins the mass of its softmax and adds no value
-    one_token   static: T == B and no row has more than one token
+    one_token   static: T == B, and row b has token b or none
     Returns outputs [T, N, H] and the log of each softmax's mass [T, N], by which parts can be merged; float32.
     Raises ValueError, while tracing, when N is not a multiple of K, head widths differ, or blocks do not fit the
     tiles of the invariant mode.
@@ -104,7 +112,8 @@ def attention_with_lse(
     shape = shape_of(q_TNH, k, v)
     rows = Rows(*(jnp.asarray(part, jnp.int32) for part in rows))
     shared = {"base": base, "scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
-    serve = [_implementation(part, target, shape) for part in parts(numerics, one_token)]
+    tokens = q_TNH.shape[0]
+    serve = [_implementation(part, target, shape, tokens) for part in parts(numerics, one_token)]
     if numerics == "invariant":
         return serve[0](q_TNH, k, v, rows, **shared)
     if one_token:
@@ -144,10 +153,12 @@ def shape_of(q_TNH: jax.Array, k: Pool, v: Pool) -> Shape:
     return Shape(N // K, H, C, q_TNH.dtype.name, keys.dtype.name)
 
 
-def _implementation(part: Part, target: Target, shape: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _implementation(part: Part, target: Target, shape: Shape, tokens: int) -> Attend:
     name = choose(part, target, shape).name
     if name != "xla":
-        return functools.partial(dict(KERNELS[part])[name].attend, target=target)
+        kernel = dict(KERNELS[part])[name]
+        found = tuned.find(target, part, shape, tokens, kernel=name, fields=kernel.Config._fields)
+        return functools.partial(kernel.attend, target=target, config=found and kernel.Config(**found))
     if part == "ordered":
         return xla_ordered.attend
     module = xla_decode if part == "decode" else xla_chunks

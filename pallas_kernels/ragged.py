@@ -20,19 +20,18 @@ def mixed(
     decode: Attend, chunks: Attend, q_TNH: jax.Array, k, v, rows: Rows, **shared
 ) -> tuple[jax.Array, jax.Array]:
     """`decode` serves the rows with one token, `chunks` those with more; outputs [T, N, H] and [T, N], float32."""
-    one = single(decode, q_TNH, k, v, rows, **shared)
+    o_BNH, lse_BN = single(decode, q_TNH[rows.first_B], k, v, rows, **shared)
     many = rows._replace(count_B=jnp.where(rows.count_B == 1, 0, rows.count_B))
-    in_chunk_T = owners(many, q_TNH.shape[0]).live_T
-    return _choose(in_chunk_T, chunks(q_TNH, k, v, many, **shared), one)
+    row_T, _, live_T = owners(rows, q_TNH.shape[0])
+    nothing = jnp.zeros((), o_BNH.dtype), jnp.full((), -jnp.inf)
+    one = _choose(live_T, (o_BNH[row_T], lse_BN[row_T]), nothing)
+    return _choose(live_T & (many.count_B[row_T] > 0), chunks(q_TNH, k, v, many, **shared), one)
 
 
-def single(decode: Attend, q_TNH: jax.Array, k, v, rows: Rows, **shared) -> tuple[jax.Array, jax.Array]:
-    """`decode` serves the rows with one token; every other token gives 0 and -inf."""
+def single(decode: Attend, q_BNH: jax.Array, k, v, rows: Rows, **shared) -> tuple[jax.Array, jax.Array]:
+    """`decode` serves the rows with one token, of which q_BNH are the queries; other rows give 0 and -inf."""
     lengths_B = jnp.where(rows.count_B == 1, rows.start_B + 1, 0)
-    o_BNH, lse_BN = decode(q_TNH[rows.first_B], k, v, rows.table_BM, lengths_B, **shared)
-    row_T, _, live_T = owners(rows._replace(count_B=(rows.count_B == 1).astype(jnp.int32)), q_TNH.shape[0])
-    nothing = jnp.zeros_like(q_TNH, jnp.float32), jnp.full(q_TNH.shape[:2], -jnp.inf)
-    return _choose(live_T, (o_BNH[row_T], lse_BN[row_T]), nothing)
+    return decode(q_BNH, k, v, rows.table_BM, lengths_B, **shared)
 
 
 def _choose(first_T: jax.Array, first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]):
