@@ -4,8 +4,9 @@
     with interpreted(races=True):    and two unordered accesses, one of them a write, fail the test
     with watched() as race:          and `race()` tells whether there were any, for planted bugs
 
-Jax's interpreter lacks products whose left operand is in registers; `multiply_registers` adds them. Whoever
-imports this module is skipped where jax is older than its interpreter. A call costs seconds: tiny shapes only.
+Jax's interpreter lacks products whose left operand is in registers, which `multiply_registers` adds, and stores to
+an accumulator, which `store_registers` adds. Whoever imports this module is skipped where jax is older than its
+interpreter. A call costs seconds: tiny shapes only.
 """
 
 import contextlib
@@ -15,8 +16,11 @@ import jax
 import numpy as np
 import pytest
 from jax._src import callback
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.core import WGMMAAbstractAccumulatorRef
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from jax._src.state.primitives import ref_swap
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic interpretation needs jax 0.11", allow_module_level=True)
@@ -42,8 +46,11 @@ def watched(races=True):
 
     interpreter = jaxpr_interpret.JaxprInterpreter
     state, product = gpu_callbacks.GPURaceDetectionState, interpreter._interpret_wgmma_ref_p
+    store, swap = primitives.wgmma_accumulator_store, interpreter._interpret_swap_p
     gpu_callbacks.GPURaceDetectionState = remember
     interpreter._interpret_wgmma_ref_p = functools.partialmethod(multiply, shared=product)
+    primitives.wgmma_accumulator_store = lambda ref, x: ref_swap(ref, None, x)
+    interpreter._interpret_swap_p = functools.partialmethod(store_accumulator, shared=swap)
     try:
         params = InterpretGPUParams(detect_races=races, uninitialized_memory="nan", out_of_bounds_reads="raise")
         with force_gpu_interpret_mode(params):
@@ -52,7 +59,36 @@ def watched(races=True):
     finally:
         gpu_callbacks.GPURaceDetectionState = state
         interpreter._interpret_wgmma_ref_p = product
+        primitives.wgmma_accumulator_store = store
+        interpreter._interpret_swap_p = swap
         gpu_callbacks.reset_gpu_interpret_mode_state()  # an exception leaves memory behind
+
+
+def store_accumulator(interpreter, eqn, token, get_invals, shared):
+    """A store: jax's own unless it goes to an accumulator, which belongs to one thread and cannot race."""
+    if not isinstance(eqn.invars[0].aval, WGMMAAbstractAccumulatorRef):
+        return shared(interpreter, eqn, token, get_invals)
+    key, value = get_invals()
+    return callback.io_callback(
+        functools.partial(store_registers, source_info=eqn.source_info),
+        (gpu_callbacks.TOKEN_SHAPE_DTYPE, eqn.outvars[0].aval),
+        token=token,
+        key=key,
+        value=value,
+        mesh_location=interpreter.mesh_location,
+        thread=interpreter.thread,
+    )
+
+
+@gpu_callbacks.fail_on_exception
+def store_registers(*, token, key, value, mesh_location, thread, source_info):
+    """Put a value into an accumulator."""
+    memory = gpu_callbacks._get_shared_memory()
+    note = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    value = np.asarray(value)
+    memory.store_buffer_content(key, memory.access(key, ()), value, thread, logging_info=note)
+    return token, value
 
 
 def multiply(interpreter, eqn, token, get_invals, shared):
@@ -90,6 +126,7 @@ def multiply_registers(*, token, a, operands, mesh_location, thread, source_info
         memory.get_buffer_content(key, place, thread, logging_info=note)
         for key, place in zip(keys, places, strict=True)
     )
-    added = np.matmul(np.asarray(a).astype(np.float32), b.astype(np.float32)).astype(old.dtype)
+    with np.errstate(invalid="ignore"):  # rows that nobody reads may be NaN
+        added = np.matmul(np.asarray(a).astype(np.float32), b.astype(np.float32)).astype(old.dtype)
     memory.store_buffer_content(keys[0], places[0], old + added, thread, logging_info=note)
     return token
