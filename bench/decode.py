@@ -63,10 +63,23 @@ def shape_of(name: str, layers: int | None) -> ModelConfig:
 
 def make(config: ModelConfig, weights: Mapping, mesh: Mesh, rows: int, positions: int) -> Callable[[], None]:
     """A function that runs one decode step of `rows` rows that see `positions` positions, and waits for it."""
-    columns = -(-(positions + 1) // BLOCK)
-    sizes = Sizes(rows * columns + 1, BLOCK, rows, columns * BLOCK)
-    model = Model(config, weights, mesh, np.dtype(np.float32), "fast")
-    runner = Runner(model, sizes, (Bucket(rows, rows, True, False),))
+    runner, packed = prepared(config, weights, mesh, rows, positions, np.dtype(np.float32), BLOCK)
+    program = runner.programs[runner.buckets[0]]
+
+    def step() -> None:
+        runner.state, result = program.run(weights, runner.state, runner.draws, packed)
+        np.asarray(result)
+
+    return step
+
+
+def prepared(
+    config: ModelConfig, weights: Mapping, mesh: Mesh, rows: int, positions: int, dtype: np.dtype, block: int
+) -> tuple[Runner, np.ndarray]:
+    """A runner whose one program is that step, over scattered blocks, and the step's plan."""
+    columns = -(-(positions + 1) // block)
+    sizes = Sizes(rows * columns + 1, block, rows, columns * block)
+    runner = Runner(Model(config, weights, mesh, dtype, "fast"), sizes, (Bucket(rows, rows, True, False),))
     runner.warm_up()
     rng = np.random.default_rng(0)
     history = rng.integers(0, config.vocab, runner.state.history_RS.shape).astype(np.int32)
@@ -78,13 +91,7 @@ def make(config: ModelConfig, weights: Mapping, mesh: Mesh, rows: int, positions
     packed[:, ROW] = np.arange(rows)
     packed[:, START] = positions - 1
     packed[:, COUNT] = packed[:, DRAW] = 1
-    program = runner.programs[runner.buckets[0]]
-
-    def step() -> None:
-        runner.state, result = program.run(weights, runner.state, runner.draws, packed)
-        np.asarray(result)
-
-    return step
+    return runner, packed
 
 
 def products(weights: Mapping, mesh: Mesh, rows: int) -> Callable[[], None]:
