@@ -35,14 +35,11 @@ TILE_BYTES = 1 << 21  # of a widened tile, which must stay in the cache
 
 
 def matmul(x_TD: jax.Array, w: Quantised, target: Target) -> jax.Array:
-    """x, or its 8-bit numbers, times the weights; float32 [T, X]."""
-    whole = x_TD.dtype == jnp.int8  # tokens of 8-bit numbers
+    """x, or its 8-bit numbers, times the weights; float32 [T, X]. Numbers of int8 meet weights of int8 alone."""
+    cpu = target.platform == "cpu"
     if isinstance(w, Grouped):
-        x_TD = x_TD.astype(jnp.bfloat16) if whole else x_TD
-        return _by_tiles(x_TD, w) if target.platform == "cpu" else _by_groups(x_TD, w)
-    if whole or (target.platform != "cpu" and x_TD.dtype == jnp.float8_e4m3fn):
-        return _contract(x_TD, w.numbers_XD, target) * w.scales_X
-    if target.platform != "cpu":
+        return _by_tiles(x_TD, w) if cpu else _by_groups(x_TD, w)
+    if not cpu or x_TD.dtype == jnp.int8:
         return _contract(x_TD, w.numbers_XD.astype(x_TD.dtype), target) * w.scales_X
     if w.numbers_XD.dtype == jnp.int8 and x_TD.shape[0] <= DIGIT_ROWS:
         return _by_digits(x_TD, w, target)

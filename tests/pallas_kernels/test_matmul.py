@@ -1,5 +1,7 @@
 """Quantised products equal float64 products of the weights they stand for, in every form."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.matmul import matmul
+from pallas_kernels.mosaic import matmul as mosaic
 from pallas_kernels.quantised import quantise
-from pallas_kernels.target import CPU, Target
+from pallas_kernels.target import CPU, H200, Target
 from pallas_kernels.xla.matmul import DIGIT_ROWS, GROUPED_ROWS
 from tests.pallas_kernels.weights64 import drawn, stands_for
 
@@ -104,3 +107,34 @@ def test_an_outlier_in_one_token_leaves_the_others_as_they_were(kind, dynamic):
     got_TX = np.asarray(multiply(x_TD, w, dynamic=dynamic))
     np.testing.assert_allclose(got_TX[[0, 2, 3]], want_TX[[0, 2, 3]], rtol=1e-6, atol=1e-6)
     assert np.abs(got_TX[1] - 3e4 * stands_for(w)[3]).max() < 0.01 * np.abs(got_TX[1]).max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "dtype", "target", "reason"),
+    [
+        (512, 192, 7, "bfloat16", H200, None),
+        (512, 192, 256, "float16", H200, None),
+        (512, 192, 7, "bfloat16", H200._replace(arch=100), "capability 9.0"),
+        (512, 192, 7, "bfloat16", CPU, "capability 9.0"),
+        (512, 192, 7, "float32", H200, "tokens of float32 would be rounded"),
+        (384, 192, 7, "bfloat16", H200, "384 rows and 192 columns are no multiples of 256 and 64"),
+        (512, 200, 7, "bfloat16", H200, "512 rows and 200 columns are no multiples"),
+        (512, 192, 257, "bfloat16", H200, "257 tokens are more than 256"),
+    ],
+)
+def test_the_kernel_serves_what_it_says_and_xla_the_rest(rows, columns, tokens, dtype, target, reason, monkeypatch):
+    x_TD = jnp.ones((tokens, rows), dtype)
+    w = quantise(jnp.ones((rows, columns)), "int4")
+    said = mosaic.unserved(target, x_TD, w)
+    assert said is None if reason is None else reason in said
+    monkeypatch.setattr(mosaic, "matmul", lambda x_TD, w, target: jnp.full((1, 1), 7.0))
+    got_TX = matmul(x_TD, w, target=target)
+    assert (got_TX.shape == (1, 1)) is (reason is None)
+
+
+def test_the_kernels_rule_fills_the_device_and_its_shared_memory():
+    for tokens, rows, columns in itertools.product((1, 8, 24, 25, 64, 65, 256), (256, 4096), (64, 640, 6144)):
+        config = mosaic.rule(H200, tokens, rows, columns)
+        tiles, steps = columns // (64 * config.consumers), rows // 256
+        assert tiles * 64 * config.consumers == columns and 2 <= config.stages <= 6
+        assert config.programs == min(tiles * steps, H200.cores // -(-tokens // mosaic.tokens_of(tokens)))
