@@ -24,7 +24,7 @@ from engine.options import Parser, add_client, add_settings, read_client, read_s
 DISTRIBUTION = "serac"
 VERSIONS = ("serac", "jax", "jaxlib", "flax", "orbax-checkpoint", "grpcio", "protobuf", "numpy")
 PLANNED = (
-    *("mesh", "lanes", "dtype", "max_model_len", "kv_memory", "block_size"),
+    *("mesh", "lanes", "dtype", "kv_dtype", "max_model_len", "kv_memory", "block_size"),
     *("max_num_seqs", "max_num_batched_tokens", "numerics"),
 )
 INTERRUPTED = 130

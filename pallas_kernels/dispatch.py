@@ -21,7 +21,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import ragged, tuned
 from pallas_kernels.blocks import write_kv
+from pallas_kernels.mosaic import chunks as mosaic_chunks
 from pallas_kernels.mosaic import decode as mosaic_decode
+from pallas_kernels.mosaic import ordered as mosaic_ordered
 from pallas_kernels.pools import Pool, Scaled, geometry
 from pallas_kernels.ragged import Attend
 from pallas_kernels.rows import Rows
@@ -73,8 +75,8 @@ class Choice(NamedTuple):
 
 KERNELS: dict[Part, tuple[tuple[str, Kernel], ...]] = {
     "decode": (("mosaic", mosaic_decode), ("triton", triton_decode)),
-    "chunks": (("triton", triton_chunks),),
-    "ordered": (),
+    "chunks": (("mosaic", mosaic_chunks), ("triton", triton_chunks)),
+    "ordered": (("mosaic", mosaic_ordered),),
 }
 
 
@@ -153,12 +155,18 @@ def shape_of(q_TNH: jax.Array, k: Pool, v: Pool) -> Shape:
     return Shape(N // K, H, C, q_TNH.dtype.name, keys.dtype.name)
 
 
+@functools.cache
+def _shared(attend: Attend) -> Attend:
+    """A function of its own in the program, one for all layers: else every layer's kernel is compiled by itself."""
+    return jax.jit(attend, static_argnames=("scale", "window", "soft_cap", "target", "config"))
+
+
 def _implementation(part: Part, target: Target, shape: Shape, tokens: int) -> Attend:
     name = choose(part, target, shape).name
     if name != "xla":
         kernel = dict(KERNELS[part])[name]
         found = tuned.find(target, part, shape, tokens, kernel=name, fields=kernel.Config._fields)
-        return functools.partial(kernel.attend, target=target, config=found and kernel.Config(**found))
+        return functools.partial(_shared(kernel.attend), target=target, config=found and kernel.Config(**found))
     if part == "ordered":
         return xla_ordered.attend
     module = xla_decode if part == "decode" else xla_chunks
