@@ -8,23 +8,36 @@ Cost: a row with one token fills one place of 128 // heads; tiles of 64 rather t
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.mosaic import chunks
-from pallas_kernels.mosaic.chunks import unserved
+from pallas_kernels.mosaic.chunks import Config, unserved
 from pallas_kernels.pools import Pool, geometry
-from pallas_kernels.rows import Rows
+from pallas_kernels.rows import Rows, owners
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import H200, Target
 
-__all__ = ["attend", "unserved"]
+__all__ = ["Config", "attend", "unserved"]
 
 
 def attend(
-    q_TNH: jax.Array, k: Pool, v: Pool, rows: Rows, *, target: Target = H200, **options
+    q_TNH: jax.Array,
+    k: Pool,
+    v: Pool,
+    rows: Rows,
+    *,
+    target: Target = H200,
+    config: Config | None = None,
+    **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """`chunks.attend` with one set of bits for one sequence."""
+    """`chunks.attend` with one set of bits for one sequence, in float32; 0 and -inf for tokens of no row."""
+    if config is not None:
+        raise ValueError(f"got {config}; expected none, since bits must not depend on it")
     T, N, H = q_TNH.shape
     _, K, C, _ = geometry(k)
     shape = Shape(N // K, H, C, q_TNH.dtype.name, q_TNH.dtype.name)
     config = chunks.rule(shape, T, len(rows.first_B), ordered=True)
-    return chunks.attend(q_TNH, k, v, rows, target=target, config=config, **options)
+    o_TNH, lse_TN = chunks.attend(q_TNH, k, v, rows, target=target, config=config, **options)
+    live_T = owners(rows, T).live_T
+    o_TNH = jnp.where(live_T[:, None, None], o_TNH, 0).astype(jnp.float32)
+    return o_TNH, jnp.where(live_T[:, None], lse_TN, -jnp.inf)
