@@ -69,8 +69,8 @@ def quantise(w_DX: jax.Array, kind: Kind) -> Quantised:
             f"int4 weights of {D} rows: expected a multiple of {GROUP}, the numbers that share a scale"
         )
     numbers, scales = rounded(w_DX.T.reshape(X, D // GROUP, GROUP), kind)
-    low, high = numbers.reshape(X, D // 2, 2)[..., 0], numbers.reshape(X, D // 2, 2)[..., 1]
-    return Grouped((low & 15) | (high << 4), scales[..., 0].T)
+    pairs = (numbers[..., ::2] & 15) | (numbers[..., 1::2] << 4)
+    return Grouped(pairs.reshape(X, D // 2), scales[..., 0].T)
 
 
 def dequantise(w: Quantised) -> jax.Array:

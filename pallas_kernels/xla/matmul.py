@@ -81,7 +81,12 @@ def _by_tiles(x_TD: jax.Array, w: Quantised) -> jax.Array:
     tile = max(TILE_BYTES // (4 * D), 8)
 
     def one(part: Quantised) -> jax.Array:
-        return lax.dot_general(widened(part), x_TD, (((1,), (1,)), ((), ())))  # the weights on the left: faster
+        over = (((1,), (1,)), ((), ()))
+        if isinstance(part, PerColumn):
+            return lax.dot_general(widened(part), x_TD, over)  # the weights on the left: faster
+        scales = jnp.repeat(part.scales_DX.T, GROUP // 2, axis=1)  # of pairs, which need not be put in a row
+        low, high = (half.astype(jnp.float32) * scales for half in halves(part.pairs_XD))
+        return lax.dot_general(low, x_TD[:, ::2], over) + lax.dot_general(high, x_TD[:, 1::2], over)
 
     def meet(i: jax.Array, y_XT: jax.Array) -> jax.Array:
         start = jnp.minimum(i * tile, X - tile)  # the last tile may do columns of the one before again
