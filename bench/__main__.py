@@ -14,6 +14,7 @@ BENCHES = {
     "wire": "KV blocks from process to process over loopback beside a memcpy",
     "overload": "goodput, waits and refusals when more is asked than can be done, simulated and real",
     "attention": "the work list of attention on a CPU beside gathering everything",
+    "matmul": "products with quantised weights on a CPU beside plain float32 ones",
     "load": "an artifact's load against that of a safetensors folder",
     "kernels": "every kernel on this GPU: right, then how near to what the device can do, in one call",
     "ahead": "every kernel compiled for a GPU that is not there: registers, shared memory, launches",
