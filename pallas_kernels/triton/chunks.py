@@ -36,13 +36,16 @@ from pallas_kernels.triton.tiles import LOG2_E, Form, Running, unserved
 __all__ = ["Config", "attend", "rule", "unserved"]
 
 
+LESS_SHARED = (86, 89, 120, 121)  # 99 KiB of shared memory, not 163 or more
+
+
 class Config(NamedTuple):
     """How the work is cut."""
 
     rows: int  # of a dot: tokens times query heads
     tile: int  # positions
-    warps: int = 4
-    stages: int = 2  # tiles on their way at once
+    warps: int = 8
+    stages: int = 3  # 2: a tile is on its way while another is multiplied; 3: and the number of the next block too
 
 
 class Work(NamedTuple):
@@ -53,9 +56,15 @@ class Work(NamedTuple):
 
 
 def rule(target: Target, q_TNH: jax.Array, k: Pool) -> Config:
-    """The config for these shapes."""
-    wide = q_TNH.shape[-1] > 128
-    return Config(64 if wide else 128, 32 if wide or isinstance(k, Scaled) else 64, warps=4 if wide else 8)
+    """The config for these shapes: the largest tiles that no compiler was seen to spill registers for."""
+    H = q_TNH.shape[-1]
+    rows = 64 if H > 128 else 128
+    if isinstance(k, Scaled):  # 64 positions spill up to a width of 64 on Blackwell, from 128 elsewhere
+        spills = H <= 64 if target.arch // 10 == 10 else H >= 128
+        return Config(rows, 32 if spills else 64, stages=2)
+    if H > 128:
+        return Config(rows, 32 if target.arch in LESS_SHARED else 64, stages=2)
+    return Config(rows, 64)
 
 
 def attend(

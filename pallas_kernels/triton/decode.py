@@ -4,7 +4,7 @@ One program serves one row, one kv head and one split of the row's tiles; its G 
 both dots, padded in registers to the 16 that a tensor core wants:
 
     grid (B, K, splits)   q_gH [16, H] . k_sH^T [H, s] -> softmax over s so far -> . v_sH [s, H]
-    afterwards in XLA     the splits of a row merge by log-sum-exp, with the sink as one more
+    afterwards            `merge` joins the splits of a row by log-sum-exp, with the sink as one more
 
 Each row's own tiles are dealt evenly to its splits, and there are only as many splits as it takes to give
 every multiprocessor a few programs, since each writes a partial result. Programs without tiles end at once.
@@ -26,7 +26,8 @@ from jax.experimental.pallas import triton as pl_triton
 from pallas_kernels.pools import Pool, Scaled, geometry
 from pallas_kernels.target import H200, Target
 from pallas_kernels.triton import tiles
-from pallas_kernels.triton.tiles import HEAD_WIDTHS, LOG2_E, MIN_DOT, Form, unserved
+from pallas_kernels.triton.merge import merge
+from pallas_kernels.triton.tiles import HEAD_WIDTHS, MIN_DOT, Form, unserved
 
 __all__ = ["HEAD_WIDTHS", "Config", "attend", "rule", "unserved"]
 
@@ -87,9 +88,7 @@ def attend(
         interpret=interpret,
         name="triton_decode",
     )(q_BNH, k, v, table_BM, lengths_B, jnp.reshape(jnp.asarray(base, jnp.int32), (1,)))
-    o_BNH, lse_BN = merge(totals, tops * (form.unit / LOG2_E), masses, sinks_N)
-    live_B1 = (lengths_B > 0)[:, None]
-    return jnp.where(live_B1[..., None], o_BNH, 0), jnp.where(live_B1, lse_BN, -jnp.inf)
+    return merge(totals, tops, masses, sinks_N, lengths_B, unit=form.unit, interpret=interpret)
 
 
 def one_split(
@@ -118,19 +117,3 @@ def one_split(
         pl_triton.store(total_ref.at[split, *where], total_gh, mask=mask)
     pl_triton.store(top_ref.at[split, row, head_g], state.top_r, mask=live_g)
     pl_triton.store(mass_ref.at[split, row, head_g], state.mass_r, mask=live_g)
-
-
-def merge(
-    totals: jax.Array, tops: jax.Array, masses: jax.Array, sinks_N: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Join the splits, axis 0, of [splits, B, N, H]; tops are logits, splits that saw nothing have mass 0."""
-    top_BN = jnp.max(tops, axis=0)
-    if sinks_N is not None:
-        top_BN = jnp.maximum(top_BN, sinks_N)
-    share = jnp.exp(tops - top_BN)
-    mass_BN = jnp.sum(share * masses, axis=0)
-    if sinks_N is not None:
-        mass_BN += jnp.exp(sinks_N - top_BN)
-    total_BNH = jnp.sum(share[..., None] * totals, axis=0)
-    mass_BN = jnp.where(mass_BN > 0, mass_BN, 1)
-    return total_BNH / mass_BN[..., None], top_BN + jnp.log(mass_BN)

@@ -13,13 +13,13 @@ here they are always finite, and their scales are read as 0. float8 becomes floa
 exponent too small by a constant, which the scale makes good: GPUs before 8.9 have no instruction for it.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pl_triton
 
 from pallas_kernels.pools import Pool, Scaled, geometry
@@ -44,6 +44,7 @@ class Form(NamedTuple):
     rows: int  # of both dots: query heads, times tokens for chunks
     tile: int  # positions
     block: int
+    width: int  # of a head
     parts: tuple[tuple[int, int], ...]  # first and width of each part of a head
     window: int | None
     unit: float  # powers of two in one unit of a score
@@ -64,7 +65,7 @@ class Place(NamedTuple):
     """A tile of positions in the pool."""
 
     block: jax.Array  # one, or [s]
-    offset: pl.Slice | jax.Array  # in the block: a slice of s, or [s]
+    offset_s: jax.Array  # in the block
     read_s: jax.Array | None  # true where something may be read; None: everywhere
 
 
@@ -105,49 +106,70 @@ def form_of(
         raise ValueError(f"8-bit pool: got {numbers.size} numbers; expected at most 2^31, or more than 2^32")
     assert tile <= C or not isinstance(k, Scaled), (tile, C)
     unit, squeeze = (scale, None) if soft_cap is None else (soft_cap, scale / soft_cap)
-    return Form(N // K, rows, tile, C, parts_of(H), window, unit * LOG2_E, squeeze)
+    # Triton deals products that are wider than high to its warps by columns, others by rows, of which 16 feed one.
+    parts = parts_of(H, MIN_DOT if rows > MIN_DOT else 2 * MIN_DOT)
+    return Form(N // K, rows, tile, C, H, parts, window, unit * LOG2_E, squeeze)
 
 
-def parts_of(width: int) -> tuple[tuple[int, int], ...]:
-    """Cut a head into powers of two, largest first: 80 into (0, 64), (64, 16)."""
+def parts_of(width: int, least: int) -> tuple[tuple[int, int], ...]:
+    """Cut a head into powers of two from `least` on, largest first; the last may hang over: 80 = 64 + 16 or 32."""
     parts = []
     first = 0
     while first < width:
-        part = 1 << ((width - first).bit_length() - 1)
+        part = max(least, 1 << ((width - first).bit_length() - 1))
         parts.append((first, part))
         first += part
     return tuple(parts)
 
 
+def columns_of(part: tuple[int, int], form: Form) -> tuple[jax.Array, jax.Array | None]:
+    """Those of a part [h], and which of them a head has; None: all."""
+    first, width = part
+    column_h = first + jnp.arange(width, dtype=jnp.int32)
+    return column_h, column_h < form.width if first + width > form.width else None
+
+
 def find(table_ref, base, row, at, form: Form, seen: tuple[jax.Array, jax.Array] | None) -> Place:
     """Tile `at` of a row. Positions outside of seen[0]..seen[1] - 1 are not read; None: there are none."""
     s, C = form.tile, form.block
-    position_s = at * s + jnp.arange(s, dtype=jnp.int32)
+    within_s = jnp.arange(s, dtype=jnp.int32)
+    position_s = at * s + within_s
     read_s = None if seen is None else (position_s >= seen[0]) & (position_s < seen[1])
     if s <= C:  # one block, which holds a position that is read, so its number is valid
         tiles = jnp.int32(C // s)
-        return Place(base + table_ref[row, lax.div(at, tiles)], pl.ds(lax.rem(at, tiles) * s, s), read_s)
+        return Place(base + table_ref[row, lax.div(at, tiles)], lax.rem(at, tiles) * s + within_s, read_s)
     entries = table_ref.at[row, lax.div(position_s, jnp.int32(C))]
     numbers_s = pl_triton.load(entries, mask=read_s, other=None if read_s is None else jnp.int32(0))
     return Place(base + numbers_s, lax.rem(position_s, jnp.int32(C)), read_s)
 
 
-def load_part(pool, place: Place, head, part: tuple[int, int], *, values: bool, dtype) -> jax.Array:
-    """One part of a tile's heads [s, h] in `dtype`."""
-    first, width = part
-    if isinstance(pool, Scaled) and values:  # they lie transposed
-        return widen(pool.numbers[place.block, head, pl.ds(first, width), place.offset], dtype).T
-    if isinstance(pool, Scaled):
-        return widen(pool.numbers[place.block, head, place.offset, pl.ds(first, width)], dtype)
-    if place.read_s is None:
-        return pool[place.block, head, place.offset, pl.ds(first, width)].astype(dtype)
-    block, offset_s = place.block, place.offset
-    if isinstance(offset_s, pl.Slice):  # a masked load wants an index for every axis
-        offset_s = offset_s.start + jnp.arange(offset_s.size)
-    block = block[:, None] if block.ndim else block
-    where = pool.at[block, head, offset_s[:, None], first + jnp.arange(width)[None]]
-    mask = jnp.broadcast_to(place.read_s[:, None], (*offset_s.shape, width))
-    return pl_triton.load(where, mask=mask, other=0.0).astype(dtype)
+def load_keys(k: Pool, place: Place, head, part: tuple[int, int], dtype: jnp.dtype, form: Form) -> jax.Array:
+    """One part of a tile's keys [s, h], or values of a plain pool, in `dtype`."""
+    column_h, held_h = columns_of(part, form)
+    block = place.block[:, None] if place.block.ndim else place.block
+    numbers = k.numbers if isinstance(k, Scaled) else k
+    where = numbers.at[block, head, place.offset_s[:, None], column_h[None]]
+    if isinstance(k, Scaled):
+        return widen(pl_triton.load(where, mask=spread(None, held_h, form.tile, part[1])), dtype)
+    mask = spread(place.read_s, held_h, form.tile, part[1])
+    return pl_triton.load(where, mask=mask, other=None if mask is None else 0.0).astype(dtype)
+
+
+def load_values(v: Pool, place: Place, head, part: tuple[int, int], dtype: jnp.dtype, form: Form) -> jax.Array:
+    """One part of a tile's values [s, h] in `dtype`; those of a scaled pool lie transposed."""
+    if not isinstance(v, Scaled):
+        return load_keys(v, place, head, part, dtype, form)
+    column_h, held_h = columns_of(part, form)
+    where = v.numbers.at[place.block, head, column_h[:, None], place.offset_s[None]]
+    return widen(pl_triton.load(where, mask=spread(held_h, None, part[1], form.tile)), dtype).T
+
+
+def spread(rows: jax.Array | None, columns: jax.Array | None, num_rows: int, num_columns: int) -> jax.Array | None:
+    """The mask of both; None where there is neither."""
+    if rows is None and columns is None:
+        return None
+    masks = [mask for mask in (None if rows is None else rows[:, None], columns) if mask is not None]
+    return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (num_rows, num_columns))
 
 
 def widen(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -170,7 +192,7 @@ def lack(numbers_dtype: jnp.dtype, dtype: jnp.dtype) -> float:
 
 def load_scales(pool: Scaled, place: Place, head, dtype: jnp.dtype) -> jax.Array:
     """[s], made good for what `widen` to `dtype` lacks; 0 where nothing may be read."""
-    scales_s = pool.scales_PKC[place.block, head, place.offset]
+    scales_s = pool.scales_PKC[place.block, head, place.offset_s]
     if place.read_s is not None:
         scales_s = jnp.where(place.read_s, scales_s, 0.0)
     return scales_s * lack(pool.numbers.dtype, dtype)
@@ -189,11 +211,11 @@ def load_heads(q_ref, k, v, head, token, head_r, live_r, form: Form) -> Heads:
 
 
 def indices(token, head_r, live_r, form: Form):
-    """For each part of a head, where rows lie in an array [.., N, H], and the mask of those that are live."""
+    """For each part of a head, where rows lie in an array [.., N, H], and the mask of what is live of them."""
     token = token[:, None] if token.ndim else token
-    for first, width in form.parts:
-        where = (token, head_r[:, None], first + jnp.arange(width)[None])
-        yield where, jnp.broadcast_to(live_r[:, None], (form.rows, width))
+    for part in form.parts:
+        column_h, held_h = columns_of(part, form)
+        yield (token, head_r[:, None], column_h[None]), spread(live_r, held_h, form.rows, part[1])
 
 
 def nothing_yet(form: Form, top_r: jax.Array | None = None) -> Running:
@@ -219,7 +241,7 @@ def meet(state: Running, heads: Heads, place: Place, seen: jax.Array | None, for
         weights_rs *= load_scales(v, place, head, dtype)[None]
     weights_rs = weights_rs.astype(dtype)
     totals_rh = tuple(
-        total_rh * keep_r[:, None] + dot(weights_rs, load_part(v, place, head, part, values=True, dtype=dtype))
+        total_rh * keep_r[:, None] + dot(weights_rs, load_values(v, place, head, part, dtype, form))
         for total_rh, part in zip(state.totals_rh, form.parts, strict=True)
     )
     return Running(totals_rh, top_r, mass_r)
@@ -229,7 +251,7 @@ def score(heads: Heads, place: Place, form: Form) -> jax.Array:
     """Scores [r, s] in units."""
     q_rh, k, _, head, _ = heads
     scores_rs = sum(
-        dot(q_part_rh, load_part(k, place, head, part, values=False, dtype=q_part_rh.dtype).T)
+        dot(q_part_rh, load_keys(k, place, head, part, q_part_rh.dtype, form).T)
         for q_part_rh, part in zip(q_rh, form.parts, strict=True)
     )
     if isinstance(k, Scaled):

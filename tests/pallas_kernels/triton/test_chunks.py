@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.rows import Rows
 from pallas_kernels.shape import Shape
-from pallas_kernels.target import H200
+from pallas_kernels.target import H200, Target
 from pallas_kernels.triton import chunks
 from tests.pallas_kernels import scenes
 from tests.pallas_kernels.triton import judging
@@ -76,20 +76,26 @@ def test_any_spans_agree_with_float64(seed, spans):
     check(drawn, config=chunks.Config(rows=16, tile=16), window=30)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    counts=st.lists(st.integers(0, 40), min_size=1, max_size=6),
-    tokens=st.sampled_from([1, 3, 8, 16]),
-    padding=st.integers(0, 9),
-)
-def test_every_token_is_in_one_query_tile_and_rows_are_listed_from_their_ends(counts, tokens, padding):
-    count_B = np.array(counts, np.int32)
-    rows = Rows(None, None, count_B, None)
-    work = chunks.list_work(rows, sum(counts) + padding or 1, tokens)
-    expected = [(row, within) for row, count in enumerate(counts) for within in reversed(range(0, count, tokens))]
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(0, 40), min_size=6, max_size=6), tokens=st.sampled_from([1, 3, 16]))
+def test_every_token_is_in_one_query_tile_and_rows_are_listed_from_their_ends(counts, tokens):
+    rows = Rows(None, None, np.array(counts, np.int32), None)
+    work = jax.jit(chunks.list_work, static_argnums=(1, 2))(rows, 240, tokens)
+    expected = [(row, at) for row, count in enumerate(counts) for at in reversed(range(0, count, tokens))]
     row_W, within_W = (np.asarray(part).tolist() for part in work)
     assert list(zip(row_W, within_W, strict=True))[: len(expected)] == expected
     assert set(row_W[len(expected) :]) <= {-1}
+
+
+def test_the_list_has_room_for_the_worst_case_and_no_more():
+    rows = Rows(None, None, np.array([1, 9, 1, 9], np.int32), None)  # 4 rows, a tile of 8 each and one token over
+    assert (np.asarray(chunks.list_work(rows, 20, 8).row_W) >= 0).all()
+
+
+@pytest.mark.parametrize("H, arch, tile", [(128, 80, 64), (256, 80, 64), (256, 89, 32), (256, 120, 32)])
+def test_tiles_fit_the_shared_memory_of_the_target(H, arch, tile):
+    q_TNH, k_PKCH = jax.ShapeDtypeStruct((9, 32, H), "bfloat16"), jax.ShapeDtypeStruct((9, 8, 64, H), "bfloat16")
+    assert chunks.rule(Target("cuda", arch), q_TNH, k_PKCH).tile == tile
 
 
 def test_two_rows_may_share_blocks():

@@ -72,9 +72,9 @@ def test_rows_that_see_nothing_give_0_and_no_mass_even_with_sinks():
     assert (np.asarray(lse_BN)[0] == -np.inf).all() and np.isfinite(np.asarray(lse_BN)[1]).all()
 
 
-@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("splits", [1, 5, 20])
 def test_any_number_of_splits_and_tiles_shorter_than_blocks_agree_with_float64(splits):
-    drawn = scenes.one_token_scene(np.random.default_rng(1), lengths=[200, 0, 333], N=4, K=2, H=32, C=64)
+    drawn = scenes.one_token_scene(np.random.default_rng(1), lengths=[200, 0, 700], N=4, K=2, H=32, C=64)
     check(drawn, config=decode.Config(tile=32, splits=splits))
 
 
