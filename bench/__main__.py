@@ -17,6 +17,7 @@ BENCHES = {
     "matmul": "products with quantised weights on a CPU beside plain float32 ones",
     "load": "an artifact's load against that of a safetensors folder",
     "kernels": "every kernel on this GPU: right, then how near to what the device can do, in one call",
+    "tune": "the fastest configs of the kernels on this GPU, written for the dispatcher",
     "ahead": "every kernel compiled for a GPU that is not there: registers, shared memory, launches",
 }
 

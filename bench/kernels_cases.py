@@ -63,6 +63,7 @@ class Decode(NamedTuple):
     block: int = 64
     pool: str = "bfloat16"
     ragged: bool = False
+    dtype: str = "bfloat16"  # of the queries
     part: str = "decode"
 
     @property
@@ -96,6 +97,7 @@ class Prefill(NamedTuple):
     prefix: int = 0
     block: int = 64
     pool: str = "bfloat16"
+    dtype: str = "bfloat16"
     part: str = "chunks"
 
     @property

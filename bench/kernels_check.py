@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.kernels_process import Row
 from bench.kernels_scenes import Scene, Span, judged
-from bench.kernels_serve import attend_of, call_of
+from bench.kernels_serve import attend_of, call_of, shape_of, tuned_config
 from bench.kernels_time import this_target
 from pallas_kernels import served
 from pallas_kernels.rows import Rows
@@ -40,16 +40,19 @@ def shrunk(row: served.Row) -> served.Row:
     return row._replace(tokens=tokens, rows=rows, blocks=SMALL["blocks"], columns=columns)
 
 
-def check(case: str, part: str, by: str, small: bool) -> Row:
-    """The row of figures of one served row, part and implementation; `failed` says what was wrong."""
-    row = next(row for row in served.SERVED if row.name == case)
+def check(case: str, part: str, by: str, small: bool, config: tuple | None = None) -> Row:
+    """The row of figures of one served row, part and implementation; `failed` says what was wrong.
+
+    config   of a kernel; None leaves it to its rule
+    """
+    row = {row.name: row for row in served.SERVED}[case]
     row = shrunk(row) if small else row
     rng = np.random.default_rng(sum(map(ord, case)))
     spans = mixed_spans(rng, row) if row.rows else decode_spans(rng, row)
     scene = judged(rng, row, spans, row.tokens)
     model = served.MODELS[row.model]
     sinks_N = jnp.asarray(rng.standard_normal(model.heads), jnp.float32) if model.sinks else None
-    attend = attend_of(part, by, this_target())
+    attend = attend_of(part, by, this_target(), config)
     run = jax.jit(call_of(part, attend, model.head_width**-0.5, model.window, model.soft_cap))
 
     def outputs(rows: Rows) -> Outputs:
@@ -67,6 +70,12 @@ def check(case: str, part: str, by: str, small: bool) -> Row:
         "not invariant": part == "ordered" and not invariant(scene, found, outputs),
     }
     return figures | {"failed": ", ".join(name for name, is_wrong in wrong.items() if is_wrong)}
+
+
+def tuned_for(case: str, part: str, by: str) -> tuple | None:
+    """The config that the dispatcher would hand to `by` for a served row."""
+    row = {row.name: row for row in served.SERVED}[case]
+    return tuned_config(part, by, this_target(), shape_of(row), row.tokens)
 
 
 def decode_spans(rng: np.random.Generator, row: served.Row) -> list[Span]:

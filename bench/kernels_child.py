@@ -16,6 +16,7 @@ import jax
 from bench import kernels_check, kernels_library, kernels_loads, kernels_speed, kernels_step
 from bench.kernels_process import Job, Row, tell
 from bench.kernels_time import NoiseError, ceiling, device_facts
+from bench.kernels_trial import trial
 
 REFUSED = (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError, NotImplementedError)
 HARMLESS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -57,13 +58,17 @@ def rows(job: Job, options: Mapping) -> Iterator[Row]:
     elif job.part == "ceilings":
         yield ceiling(job.case, small)
     elif job.part == "check":
-        yield kernels_check.check(job.case, job.piece, job.by, small)
+        config = kernels_check.tuned_for(job.case, job.piece, job.by)
+        yield kernels_check.check(job.case, job.piece, job.by, small, config)
     elif job.part == "speed":
-        yield from kernels_speed.measure(kernels_speed.case_of(job.case, small), job.by, memory)
+        case = kernels_speed.case_of(job.case, small)
+        yield from kernels_speed.measure(case, job.by, memory, kernels_speed.tuned_for(case, job.by))
     elif job.part == "library":
         yield from kernels_library.measure(kernels_speed.case_of(job.case, small), job.by, memory)
     elif job.part == "step":
         yield kernels_step.measure(int(job.case), job.by, small, Path(options["dump"]))
+    elif job.part == "tune":
+        yield trial(job, options)
     elif job.part == "loads":
         yield kernels_loads.load(job.case, options["folder"])
     else:

@@ -53,7 +53,7 @@ def load(name: str, folder: str) -> Row:
     file = file_of(name, Path(folder))
     if not file.exists():
         return {"loads": "no", "reason": "it was not compiled ahead"}
-    row = next(row for row in served.SERVED if row.name == name)
+    row = {row.name: row for row in served.SERVED}[name]
     rng = np.random.default_rng(0)
     scene = judged(rng, row, mixed_spans(rng, row) if row.rows else decode_spans(rng, row), row.tokens)
     rows = jax.tree.map(jnp.asarray, scene.rows)

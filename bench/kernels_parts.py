@@ -22,12 +22,12 @@ from bench import kernels_library, kernels_loads, kernels_step
 from bench.kernels_cases import CHOSEN, Case, Decode, cases, small_cases
 from bench.kernels_process import CHILD, ROOT, Job, Limits, Row, run
 from bench.kernels_serve import names, refusals
+from bench.kernels_serve import shape_of as shape_of_row
 from bench.kernels_speed import label, shape_of
 from bench.record import machine
 from pallas_kernels import served
 from pallas_kernels.dispatch import Part
 from pallas_kernels.dispatch import parts as step_parts
-from pallas_kernels.shape import Shape
 from pallas_kernels.target import Target
 
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
@@ -86,19 +86,14 @@ def check_jobs(around: Around) -> list[Job]:
     """Each served row, once for each part of its step and each kernel that serves it; XLA where none does."""
     jobs = []
     for row in served.SERVED:
-        model = served.MODELS[row.model]
-        shape = Shape(model.heads // model.kv_heads, model.head_width, row.block, row.dtype, row.pool or row.dtype)
         part = step_parts(row.numerics, not row.rows)[-1]
-        able = names(part, around.target, shape)
+        able = names(part, around.target, shape_of_row(row))
         jobs += [Job("check", row.name, by, part) for by in able if by != "xla" or len(able) == 1]
-    jobs = list(dict.fromkeys(job for job in around.wanted(jobs)))
-    seen: set[str] = set()
-    distinct = []
-    for job in jobs:  # a row named for another device is the same step
-        words = re.sub(r" (a100|b200|v5e)$", "", job.case) + job.by + job.piece
-        if words not in seen:
-            seen.add(words)
-            distinct.append(job)
+    devices = {row.name: row.target for row in served.SERVED}
+    # A row named for another device is the same step.
+    jobs = around.wanted(jobs)[::-1]
+    steps = {(job.case.removesuffix(f" {devices[job.case]}"), *job[2:]): job for job in jobs}
+    distinct = list(steps.values())[::-1]
     return distinct[:: max(1, len(distinct) // SMALL_CHECKS)] if around.small else distinct
 
 

@@ -7,12 +7,13 @@ Tables are shuffled and, past each row's end, wild. Judged keys and values are m
 reads them; timed ones are a random tile of blocks again and again, made on the device at its speed of writing.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from pallas_kernels import served
@@ -65,7 +66,7 @@ def judged(rng: np.random.Generator, row: served.Row, spans: Sequence[Span], tok
     within_U = np.concatenate([np.arange(used) for used in used_B]) * C
     written_UC = within_U[:, None] + np.arange(C) < ends_U[:, None]
     base = (layers - 1) * P
-    kind = np.dtype(getattr(ml_dtypes, row.pool or row.dtype, row.pool or row.dtype))
+    kind = jnp.dtype(row.pool or row.dtype)
     pools = []
     for values_last in (False, True):
         x_UCKH = rng.standard_normal((len(names), C, K, H), np.float32)
@@ -86,7 +87,7 @@ def _pool(
         numbers = x_UCKH.astype(kind)
         return _filled(numbers.swapaxes(1, 2), np.nan, blocks, at_U), numbers.astype(np.float32)
     whole = kind == np.int8
-    largest = 127.0 if whole else float(ml_dtypes.finfo(kind).max)
+    largest = 127.0 if whole else float(jnp.finfo(kind).max)
     scales_UCK = np.abs(x_UCKH).max(axis=-1) / np.float32(largest)
     numbers = x_UCKH / scales_UCK[..., None]
     if whole:
@@ -117,19 +118,15 @@ def timed_pools(blocks: int, K: int, C: int, H: int, pool: str) -> tuple[Pool, P
     return Scaled(numbers[0], jnp.full((blocks, K, C), unit)), Scaled(numbers[1], jnp.full((blocks, K, C), unit))
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _random(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Blocks repeat, so that tens of gigabytes are made without as many of temporaries."""
-    block_bytes = int(np.prod(shape[1:])) * jnp.dtype(dtype).itemsize
+    block_bytes = math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
     distinct = min(shape[0], max(1, TILE_BYTES // block_bytes))
-
-    @jax.jit
-    def make() -> jax.Array:
-        x = jax.random.normal(key, (distinct, *shape[1:]))
-        x = jnp.clip(jnp.round(40 * x), -127, 127) if dtype == "int8" else x
-        whole = jnp.broadcast_to(x.astype(dtype), (-(-shape[0] // distinct), *x.shape))
-        return whole.reshape(-1, *shape[1:])[: shape[0]]
-
-    return make()
+    x = jax.random.normal(key, (distinct, *shape[1:]))
+    x = jnp.clip(jnp.round(40 * x), -127, 127) if dtype == "int8" else x
+    whole = jnp.broadcast_to(x.astype(dtype), (-(-shape[0] // distinct), *x.shape))
+    return whole.reshape(-1, *shape[1:])[: shape[0]]
 
 
 def timed_table(rng: np.random.Generator, lengths: Sequence[int], C: int, columns: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import tuned
+from pallas_kernels import served, tuned
 from pallas_kernels.dispatch import KERNELS, Part
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import Target
@@ -21,6 +21,13 @@ from pallas_kernels.xla import chunks, decode, ordered
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 XLA = {"decode": decode, "chunks": chunks, "ordered": ordered}
+
+
+def shape_of(row: served.Row) -> Shape:
+    """What the dispatcher sees of a served row."""
+    model = served.MODELS[row.model]
+    group = model.heads // model.kv_heads
+    return Shape(group, model.head_width, row.block, row.dtype, row.pool or row.dtype)
 
 
 def names(part: Part, target: Target, shape: Shape) -> list[str]:
@@ -38,7 +45,8 @@ def attend_of(part: Part, by: str, target: Target, config: tuple | None = None) 
     """How `by` is called for a part; `config` is for kernels, None means their rule."""
     if by != "xla":
         kernel = dict(KERNELS[part])[by]
-        return functools.partial(kernel.attend, target=target, config=config)
+        options = {} if config is None else {"config": config}
+        return functools.partial(kernel.attend, target=target, **options)
     if part == "ordered":
         return ordered.attend
     return functools.partial(XLA[part].attend, platform=target.platform)
@@ -46,8 +54,9 @@ def attend_of(part: Part, by: str, target: Target, config: tuple | None = None) 
 
 def tuned_config(part: Part, by: str, target: Target, shape: Shape, tokens: int) -> tuple | None:
     """The Config that was tuned for a step, as the dispatcher finds it."""
-    if by == "xla" or (kernel := dict(KERNELS[part])[by]) is None:
+    if by == "xla" or part not in tuned.PARTS:
         return None
+    kernel = dict(KERNELS[part])[by]
     found = tuned.find(target, part, shape, tokens, kernel=by, fields=kernel.Config._fields)
     return None if found is None else kernel.Config(**found)
 

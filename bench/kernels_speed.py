@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 def case_of(name: str, small: bool) -> Case:
     """The case of that name, as `label` gives it."""
-    return next(case for case in (small_cases() if small else cases()) if label(case) == name)
+    return {label(case): case for case in (small_cases() if small else cases())}[name]
 
 
 def label(case: Case) -> str:
@@ -53,7 +53,7 @@ def label(case: Case) -> str:
 def shape_of(case: Case) -> Shape:
     """What the dispatcher would see."""
     heads = case.heads
-    return Shape(heads.N // heads.K, heads.H, case.block, "bfloat16", case.pool)
+    return Shape(heads.N // heads.K, heads.H, case.block, case.dtype, case.pool)
 
 
 def plan(case: Case, memory_bytes: int) -> Plan:
@@ -74,16 +74,15 @@ def plan(case: Case, memory_bytes: int) -> Plan:
 
 
 def measure(case: Case, by: str, memory_bytes: int, config: tuple | None = None) -> Iterator[Row]:
-    """Rows of figures, one for each context; `config` instead of what was tuned or the kernel's rule."""
+    """Rows of figures, one for each context; a `config` of None leaves it to the kernel's rule."""
     laid = plan(case, memory_bytes)
     if by == "xla":
         laid = laid._replace(counts=(1, 3))
     target, heads = this_target(), case.heads
     tokens = case.batch if isinstance(case, Decode) else case.tokens
-    config = config or tuned_config(case.part, by, target, shape_of(case), tokens)
     call = call_of(case.part, attend_of(case.part, by, target, config), heads.H**-0.5)
     k, v = timed_pools(laid.blocks * laid.copies, heads.K, case.block, heads.H, case.pool)
-    q_TNH = jax.random.normal(jax.random.key(2), (tokens, heads.N, heads.H), jnp.bfloat16)
+    q_TNH = jax.random.normal(jax.random.key(2), (tokens, heads.N, heads.H), case.dtype)
     run: Callable | None = None
     for context in contexts(case, by):
         rows = jax.tree.map(jnp.asarray, rows_of(case, context, laid.columns))
@@ -95,6 +94,12 @@ def measure(case: Case, by: str, memory_bytes: int, config: tuple | None = None)
 
 def _given(run: Callable, arrays: tuple, count: int) -> None:
     run(count, *arrays)
+
+
+def tuned_for(case: Case, by: str) -> tuple | None:
+    """The config that the dispatcher would hand to `by`."""
+    tokens = case.batch if isinstance(case, Decode) else case.tokens
+    return tuned_config(case.part, by, this_target(), shape_of(case), tokens)
 
 
 def contexts(case: Case, by: str) -> list[int]:

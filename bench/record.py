@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Literal
 from engine.tables import show_table
 
 SCHEMA = 1
-PACKAGES = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint")
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy", "flax", "orbax-checkpoint")
 ROOT = Path(__file__).parent.parent
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 PLACES = ("--out", "--picture")  # options that name files
@@ -47,7 +48,7 @@ class Record:
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": self.command,
             **commit(),
-            "machine": machine(),
+            "machine": machine() | gpu(),
             "versions": versions(),
         }
         return [json.dumps({**facts, "figures": dict(row)}) for row in rows]
@@ -91,6 +92,19 @@ def machine() -> dict[str, object]:
         "memory_bytes": int((_field(MEMINFO, "MemTotal") or "0").split()[0]) * 1024 or None,
         "system": platform.system(),
     }
+
+
+def gpu() -> dict[str, str]:
+    """The first GPU and its driver, where NVIDIA's tool is at hand."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return {}
+    query = [tool, "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in said.partition("\n")[0].split(",")]
+    return dict(zip(("gpu", "driver", "power limit", "highest clock"), values, strict=False))
 
 
 def versions() -> dict[str, str]:
