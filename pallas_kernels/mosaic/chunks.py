@@ -150,6 +150,7 @@ def launch(sizes: Sizes, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         grid_names=("block",),
         num_threads=3,
         thread_name="group",
+        kernel_name="mosaic_chunks",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return kernel(*inputs)

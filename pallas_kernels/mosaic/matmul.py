@@ -148,6 +148,7 @@ def partial_sums(x_4TD: jax.Array, words_XD: jax.Array, scales_DX: jax.Array, si
         grid_names=("program", "token"),
         num_threads=sizes.consumers + 1,
         thread_name="warpgroup",
+        kernel_name="mosaic_matmul",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x_4TD, words_XD, scales_DX)
 

@@ -13,7 +13,11 @@ LOWER = """
 from bench.ahead_compile import lower_row
 from pallas_kernels.served import SERVED
 for row in SERVED:
-    text = lower_row(row).as_text()
+    try:
+        text = lower_row(row).as_text()
+    except Exception as error:
+        print("FAILED", row.name, str(error).replace(chr(10), " "))
+        continue
     print("LOWERED", "mosaic" * ("@mosaic_gpu" in text), "triton" * ("@__gpu$xla.gpu.triton" in text), row.name)
 """
 OLD = jax.__version_info__ < (0, 11)
@@ -23,7 +27,7 @@ def named(row):
     """Who serves each part; an older jax may lack what a kernel needs, which the dispatcher then says."""
     found = []
     for expected, choice in zip(row.parts, served.kernels(row), strict=True):
-        excused = OLD and choice.name == "xla" and "jax" in choice.reason
+        excused = OLD and f"{expected}: " in choice.reason and " jax 0." in choice.reason
         found.append(expected if excused else choice.name)
     return tuple(found)
 
@@ -68,4 +72,6 @@ def test_every_row_lowers_for_its_device_without_it():
             _, mosaic, triton, name = line.split(" ", 3)
             lowered[name] = {mosaic, triton} - {""}
     told = {row.name: {choice.name for choice in served.kernels(row)} - {"xla"} for row in served.SERVED}
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    assert not failed, "\n".join(failed)
     assert lowered == told
