@@ -18,7 +18,7 @@ from bench.kernels_process import Job, Row, tell
 from bench.kernels_time import NoiseError, ceiling, device_facts
 from bench.kernels_trial import trial
 
-REFUSED = (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError, NotImplementedError)
+REFUSED = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, NotImplementedError)
 HARMLESS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 LAST_CHARACTERS = 400
 
@@ -32,14 +32,15 @@ def main(arguments: list[str]) -> int:
         try:
             for row in rows(job, options):
                 tell(job=job, row=row)
-        except NoiseError as error:
+        except (NoiseError, MemoryError) as error:
             tell(job=job, row={"skipped": str(error)})
         except REFUSED as error:
             tell(job=job, row={"error": said(error)})
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith(HARMLESS):
                 raise
-            tell(job=job, row={"error": said(error)})
+            what = "skipped" if str(error).startswith("RESOURCE_EXHAUSTED") else "error"
+            tell(job=job, row={what: said(error)})
         tell(job=job, done=True)
     return 0
 

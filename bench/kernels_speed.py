@@ -57,39 +57,68 @@ def shape_of(case: Case) -> Shape:
 
 
 def plan(case: Case, memory_bytes: int) -> Plan:
-    """Raises MemoryError where not even one copy fits."""
-    longest = [case.longest] if isinstance(case, Prefill) else case.lengths(max(case.contexts))
-    blocks = sum(-(-length // case.block) for length in longest)
-    copy_bytes = blocks * case.block * case.position_bytes
-    least = case.longest if isinstance(case, Prefill) else min(case.contexts) * case.batch
-    fitting = int(MEMORY_SHARE * memory_bytes // copy_bytes)
-    if not fitting:
-        raise MemoryError(f"{copy_bytes / 1e9:.1f} GB of keys and values, {memory_bytes / 1e9:.1f} GB of memory")
-    if isinstance(case, Prefill):
-        counts = (1, 5)
+    """For a case that fits."""
+    decode = isinstance(case, Decode)
+    largest = copy_bytes(case, max(case.contexts) if decode else case.longest)
+    if not decode:
+        counts, wanted = (1, 5), 1
     else:
         counts = (1, 33) if case.batch == 1 else (1, 17) if case.batch < 64 else (1, 5)
-    wanted = 1 if isinstance(case, Prefill) else math.ceil(COLD_BYTES / (least * case.position_bytes))
-    return Plan(blocks, min(wanted, fitting, counts[1]), -(-case.longest // case.block), counts)
+        wanted = math.ceil(COLD_BYTES / copy_bytes(case, min(case.contexts)))
+    copies = max(1, min(wanted, counts[1], int(MEMORY_SHARE * memory_bytes // largest)))
+    blocks = largest // (case.block * case.position_bytes)
+    return Plan(blocks, copies, -(-case.longest // case.block), counts)
 
 
 def measure(case: Case, by: str, memory_bytes: int, config: tuple | None = None) -> Iterator[Row]:
     """Rows of figures, one for each context; a `config` of None leaves it to the kernel's rule."""
+    case, too_large = fitting(case, memory_bytes)
+    for context, words in too_large.items():
+        yield {"context": context, "skipped": words}
+    wanted = contexts(case, by)
+    if not wanted:
+        return
     laid = plan(case, memory_bytes)
     if by == "xla":
         laid = laid._replace(counts=(1, 3))
-    target, heads = this_target(), case.heads
-    tokens = case.batch if isinstance(case, Decode) else case.tokens
-    call = call_of(case.part, attend_of(case.part, by, target, config), heads.H**-0.5)
+    heads = case.heads
+    call = call_of(case.part, attend_of(case.part, by, this_target(), config), heads.H**-0.5)
     k, v = timed_pools(laid.blocks * laid.copies, heads.K, case.block, heads.H, case.pool)
-    q_TNH = jax.random.normal(jax.random.key(2), (tokens, heads.N, heads.H), case.dtype)
+    q_TNH = jax.random.normal(jax.random.key(2), (tokens_of(case), heads.N, heads.H), case.dtype)
     run: Callable | None = None
-    for context in contexts(case, by):
+    for context in wanted:
         rows = jax.tree.map(jnp.asarray, rows_of(case, context, laid.columns))
         arrays = (q_TNH, k, v, rows)
         run = run or chains(call, laid.counts, laid.blocks, laid.copies, arrays)
         took = slope(functools.partial(_given, run, arrays), laid.counts)
         yield {"context": context, **figures(case, context, took), "copies": laid.copies}
+
+
+def fitting(case: Case, memory_bytes: int) -> tuple[Case, dict[int, str]]:
+    """The case with the contexts that fit, and why the others do not. Raises MemoryError if none does."""
+    every = case.contexts if isinstance(case, Decode) else (case.longest,)
+    held = {context: copy_bytes(case, context) for context in every}
+    most = MEMORY_SHARE * memory_bytes
+    large = {
+        context: f"{held_bytes / 1e9:.1f} GB of keys and values do not fit {memory_bytes / 1e9:.1f} GB of memory"
+        for context, held_bytes in held.items()
+        if held_bytes > most
+    }
+    kept = tuple(context for context in every if context not in large)
+    if not kept:
+        raise MemoryError("; ".join(large.values()))
+    return (case._replace(contexts=kept) if isinstance(case, Decode) else case), large
+
+
+def copy_bytes(case: Case, context: int) -> int:
+    """Of the blocks that one call reads."""
+    lengths = case.lengths(context) if isinstance(case, Decode) else [context]
+    return sum(-(-length // case.block) for length in lengths) * case.block * case.position_bytes
+
+
+def tokens_of(case: Case) -> int:
+    """Of a step."""
+    return case.batch if isinstance(case, Decode) else case.tokens
 
 
 def _given(run: Callable, arrays: tuple, count: int) -> None:
@@ -98,8 +127,7 @@ def _given(run: Callable, arrays: tuple, count: int) -> None:
 
 def tuned_for(case: Case, by: str) -> tuple | None:
     """The config that the dispatcher would hand to `by`."""
-    tokens = case.batch if isinstance(case, Decode) else case.tokens
-    return tuned_config(case.part, by, this_target(), shape_of(case), tokens)
+    return tuned_config(case.part, by, this_target(), shape_of(case), tokens_of(case))
 
 
 def contexts(case: Case, by: str) -> list[int]:

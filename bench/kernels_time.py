@@ -26,6 +26,7 @@ from pallas_kernels.target import Target, target_of
 Clock = Callable[[], float]
 LEAST, MOST = 5, 25  # slopes
 SPENT_S = 0.4
+LINE = 4096
 
 
 class NoiseError(ArithmeticError):
@@ -126,7 +127,8 @@ def _products(width: int) -> Row:
 
 def _stream(name: str, size: int) -> Row:
     """Reading is the sum of each line of `size` float32 numbers; a copy reads and writes them."""
-    lines = jnp.ones((size // 4096, 4096), jnp.float32)
+    drawn = np.random.default_rng(0).standard_normal((min(size // LINE, 1024), LINE), np.float32)
+    lines = jnp.tile(drawn, (size // drawn.size, 1))
 
     def over(base: jax.Array, lines: jax.Array) -> tuple[jax.Array, jax.Array]:
         shifted = lines + base.astype(jnp.float32)

@@ -29,7 +29,7 @@ from bench.kernels_parts import Around
 from bench.kernels_process import Job, Limits, run
 from bench.kernels_scenes import judged as judged_scene
 from bench.kernels_scenes import timed_pools, timed_table
-from bench.kernels_speed import label, plan, rows_of
+from bench.kernels_speed import fitting, label, plan, rows_of
 from bench.kernels_step import launches
 from bench.kernels_time import NoiseError, chain, chains, slope
 from pallas_kernels import served
@@ -192,8 +192,15 @@ def test_a_pool_has_as_many_copies_as_calls_and_memory_allow():
     case = Decode("x", LLAMA_8B, 1, (KIB, 8 * KIB))
     small, large = plan(case, 1 << 27), plan(case, 1 << 40)
     assert small.copies == 3 and large.copies == large.counts[1] and large.columns == 128
-    with pytest.raises(MemoryError, match=r"0\.0 GB of keys and values, 0\.0 GB of memory"):
-        plan(case, 1 << 20)
+
+
+def test_contexts_that_do_not_fit_are_named_and_the_others_go_on():
+    case = Decode("x", LLAMA_8B, 1, (KIB, 32 * KIB))
+    kept, large = fitting(case, 100 << 20)
+    assert kept.contexts == (KIB,) and large == {32 * KIB: "0.1 GB of keys and values do not fit 0.1 GB of memory"}
+    assert fitting(case, 1 << 40) == (case, {})
+    with pytest.raises(MemoryError, match="do not fit"):
+        fitting(case, 1 << 20)
 
 
 def test_timed_rows_use_every_block_of_their_copy_once():
