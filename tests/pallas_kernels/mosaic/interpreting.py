@@ -11,6 +11,7 @@ interpreter. A call costs seconds: tiny shapes only.
 
 import contextlib
 import functools
+import os
 
 import jax
 import numpy as np
@@ -24,6 +25,10 @@ from jax._src.state.primitives import ref_swap
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic interpretation needs jax 0.11", allow_module_level=True)
+
+# A thread that waits at a barrier holds one of XLA's, which are as many as processors unless told otherwise: on two
+# of them four warpgroups wait for each other for ever. It is read when the first program runs.
+os.environ.setdefault("NPROC", "8")
 
 
 @contextlib.contextmanager

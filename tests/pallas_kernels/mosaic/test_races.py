@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic import decode, decode_tiles
+from pallas_kernels.mosaic import decode, decode_program, decode_tiles
 from pallas_kernels.target import Target
 from tests.pallas_kernels import scenes
 from tests.pallas_kernels.mosaic.clocks import products_have_clocks
@@ -15,7 +15,7 @@ from tests.pallas_kernels.mosaic.interpreting import interpreted, watched
 LENGTHS = [350, 30]
 
 
-def run(kernel, kind=None):
+def run(kind=None):
     drawn = scenes.one_token_scene(
         np.random.default_rng(0), lengths=LENGTHS, N=8, K=1, H=64, C=64, dtype="bfloat16"
     )
@@ -24,19 +24,19 @@ def run(kernel, kind=None):
         k, v, *_ = scenes.scaled(k, v, kind)
     options = {"base": base, "scale": 0.2, "window": None, "target": Target("cuda", 90, 1)}
     config = decode.Config(stages=2, resident=1)
-    jitted = jax.jit(lambda *arrays: kernel.attend(*arrays, **options, config=config))
+    jitted = jax.jit(lambda *arrays: decode.attend(*arrays, **options, config=config))
     return jax.block_until_ready(jitted(q_BNH, k, v, rows.table_BM, np.array(LENGTHS, np.int32)))
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_the_kernel_has_no_races(kind):
     with products_have_clocks(), interpreted(races=True):
-        assert np.isfinite(run(decode, kind)[0]).all()
+        assert np.isfinite(run(kind)[0]).all()
 
 
-def with_bug(monkeypatch, folder, *changes):
-    """The kernel with (old, new) of its source, or of that of its tiles, replaced."""
-    module = next(module for module in (decode, decode_tiles) if changes[0][0] in source(module))
+def plant(monkeypatch, folder, *changes):
+    """Replace (old, new) in the source of the kernel's program, or of its tiles."""
+    module = next(module for module in (decode_program, decode_tiles) if changes[0][0] in source(module))
     text = source(module)
     for old, new in changes:
         assert text.count(old) == 1
@@ -46,11 +46,11 @@ def with_bug(monkeypatch, folder, *changes):
     spec = importlib.util.spec_from_file_location("with_bug", path)
     changed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(changed)
-    if module is decode:
-        return changed
-    for name in ("add_values", "scores", "copy_keys", "copy_values"):
-        monkeypatch.setattr(decode, name, getattr(changed, name))
-    return decode
+    used_by, names = (
+        (decode, ["program"]) if module is decode_program else (decode_program, ["add_values", "scores"])
+    )
+    for name in names:
+        monkeypatch.setattr(used_by, name, getattr(changed, name))
 
 
 def source(module):
@@ -96,10 +96,10 @@ READ = COMMIT + EARLY
 )
 def test_a_planted_bug_is_seen(changes, kind, monkeypatch, tmp_path):
     """As a race, or as a barrier that goes on before somebody saw it."""
-    kernel = with_bug(monkeypatch, tmp_path, *changes)
+    plant(monkeypatch, tmp_path, *changes)
     with products_have_clocks(), watched() as race:
         try:
-            run(kernel, kind)
+            run(kind)
         except jax.errors.JaxRuntimeError as error:
             assert "observe" in str(error)
         else:
@@ -108,7 +108,7 @@ def test_a_planted_bug_is_seen(changes, kind, monkeypatch, tmp_path):
 
 def test_without_clocks_of_products_a_missing_fence_is_not_seen(monkeypatch, tmp_path):
     """When this fails, jax's own interpreter has become able to see it, and `clocks` may go."""
-    kernel = with_bug(monkeypatch, tmp_path, (WEIGHTS, VALUES))
+    plant(monkeypatch, tmp_path, (WEIGHTS, VALUES))
     with watched() as race:
-        run(kernel)
+        run()
         assert not race()
