@@ -85,12 +85,14 @@ def ceilings(around: Around, limit_s: float) -> list[Row]:
 
 
 def check_jobs(around: Around) -> list[Job]:
-    """Each served row, once for each part of its step and each kernel that serves it; XLA where none does."""
-    jobs = []
+    """Each served row by each kernel that serves it, XLA where none does; first by those that are chosen."""
+    ranked = []
     for row in served.SERVED:
         part = step_parts(row.numerics, not row.rows)[-1]
         able = names(part, around.target, shape_of_row(row))
-        jobs += [Job("check", row.name, by, part) for by in able if by != "xla" or len(able) == 1]
+        asked = able[:-1] or able
+        ranked += [(rank, Job("check", row.name, by, part)) for rank, by in enumerate(asked)]
+    jobs = [job for _, job in sorted(ranked, key=lambda each: each[0])]
     devices = {row.name: row.target for row in served.SERVED}
     # A row named for another device is the same step.
     jobs = around.wanted(jobs)[::-1]
@@ -105,16 +107,18 @@ def check(around: Around, limit_s: float) -> list[Row]:
 
 
 def speed(around: Around, limit_s: float) -> list[Row]:
-    """How fast is it? Who does not serve a case is said once."""
-    jobs, rows = [], []
+    """How fast is it? Those that are chosen come first; who does not serve a case is said."""
+    ranked, rows = [], []
     for case in around.cases():
         part: Part = case.part
         shape = shape_of(case)
         able = names(part, around.target, shape)
         chosen = [CHOSEN if by == able[0] != "xla" else "" for by in able]
-        jobs += [Job("speed", label(case), *each) for each in zip(able, chosen, strict=True)]
+        each = enumerate(zip(able, chosen, strict=True))
+        ranked += [(rank, Job("speed", label(case), *by)) for rank, by in each]
         for by, reason in refusals(part, around.target, shape).items():
             rows.append({"part": "speed", "case": label(case), "by": by, "skipped": reason})
+    jobs = [job for _, job in sorted(ranked, key=lambda each: each[0])]
     return rows + run(jobs, around.options, Limits(limit_s), around.told, environment=MEMORY)
 
 

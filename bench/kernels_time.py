@@ -13,6 +13,7 @@ Starting a program, waiting for it and whatever else is the same for both cancel
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import jax
@@ -65,14 +66,13 @@ def chains(call: Callable, counts: tuple[int, int], step: int, copies: int, arra
 
     Call i has base (i modulo copies) * step.
     """
-    programs = {}
-    for count in counts:
-        base_R = jnp.asarray(np.arange(count) % copies * step, jnp.int32)
-        programs[count] = chain(call, count).lower(base_R, *arrays).compile(), base_R
+    bases = {count: jnp.asarray(np.arange(count) % copies * step, jnp.int32) for count in counts}
+    lowered = [chain(call, count).lower(base_R, *arrays) for count, base_R in bases.items()]
+    with ThreadPoolExecutor(len(counts)) as pool:
+        compiled = dict(zip(counts, pool.map(lambda one: one.compile(), lowered), strict=True))
 
     def run(count: int, *others) -> None:
-        program, base_R = programs[count]
-        jax.block_until_ready(program(base_R, *(others or arrays)))
+        jax.block_until_ready(compiled[count](bases[count], *(others or arrays)))
 
     return run
 

@@ -29,6 +29,7 @@ from bench.kernels_parts import Around
 from bench.kernels_process import Job, Limits, run
 from bench.kernels_scenes import judged as judged_scene
 from bench.kernels_scenes import timed_pools, timed_table
+from bench.kernels_serve import names, shape_of
 from bench.kernels_speed import fitting, label, plan, rows_of
 from bench.kernels_step import launches
 from bench.kernels_time import NoiseError, chain, chains, slope
@@ -327,6 +328,18 @@ def test_every_served_row_is_checked_once_by_each_kernel_that_serves_it(tmp_path
     assert Job("check", "llama-8b decode 64 float32", "xla", "decode") in jobs
 
 
+def test_the_kernels_that_the_dispatcher_takes_come_first(tmp_path):
+    jobs = kernels_parts.check_jobs(around(tmp_path))
+    rows = {row.name: row for row in served.SERVED}
+    ranks = [names(job.piece, H200, shape_of(rows[job.case])).index(job.by) for job in jobs]
+    assert ranks == sorted(ranks) and set(ranks) >= {0, 1}
+    told = []
+    with patch.object(kernels_parts, "run", lambda jobs, *rest, **others: told.extend(jobs) or []):
+        kernels_parts.speed(around(tmp_path), 1)
+    chosen = [job.piece for job in told]
+    assert chosen.count(CHOSEN) == len(cases()) and "" not in chosen[: chosen.count(CHOSEN)]
+
+
 def test_a_machine_without_a_gpu_takes_small_sizes(tmp_path):
     facts = {**CPU._asdict(), "memory_bytes": None, "jax": "1"}
     knowing = around(tmp_path).knowing(facts)
@@ -420,6 +433,7 @@ def test_speeds_are_compared_within_a_run():
         timed("decode llama-8b int8 64", 8 * KIB, 80.0),
         timed("decode llama-8b fp8 64", 8 * KIB, 55.0),
         timed("decode llama-8b C16 64", 8 * KIB, 105.0),
+        timed("decode llama-8b C64 64", 8 * KIB, 100.0),
         timed("decode group 16 64", 8 * KIB, 120.0),
         timed("decode group 4 64", 8 * KIB, 100.0),
         timed("decode llama-8b 64 ragged", 16896, 100.0),
