@@ -14,7 +14,12 @@ columns each, and writes one partial sum for every tile that it meets; XLA adds 
     tiles of columns   [ 0 0 0 0 | 1 1 1 1 | 2 2 2 2 ]
     programs           [ a a a | b b b | c c c | d d d ]   tile 0 = a + b, tile 1 = b + c, tile 2 = c + d
 
-Cost: the weights once for every 64 tokens; 4 bytes a column and token for each partial sum, written and read.
+Cost: the weights once for every 64 tokens; 4 bytes a column and token for each partial sum, written and read. By
+the count of its PTX a weight takes 2.3 instructions, which a multiprocessor issues in three quarters of the time in
+which its bytes come. Compiled for an H200 it takes 74 to 96 registers up to 24 tokens, 113 to 159 above, and spills
+none.
+Rejected: int8 pairs in place of words (3.7 instructions a weight: loads must be shuffled between lanes); an even
+number of splits (15% of the device idle for 28672 columns); four consumers for 32 tokens (spills).
 Source: Marlin and CUTLASS (how 4-bit numbers become floats); Stream-K (even shares).
 """
 
