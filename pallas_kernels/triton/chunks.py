@@ -45,7 +45,7 @@ class Config(NamedTuple):
     rows: int  # of a dot: tokens times query heads
     tile: int  # positions
     warps: int = 8
-    stages: int = 3  # 2: a tile is on its way while another is multiplied; 3: and the number of the next block too
+    stages: int = 2  # a tile is on its way while another is multiplied
 
 
 class Work(NamedTuple):
@@ -55,16 +55,22 @@ class Work(NamedTuple):
     within_W: jax.Array  # tokens of the row before the tile
 
 
-def rule(target: Target, q_TNH: jax.Array, k: Pool) -> Config:
-    """The config for these shapes: the largest tiles that no compiler was seen to spill registers for."""
-    H = q_TNH.shape[-1]
-    rows = 64 if H > 128 else 128
-    if isinstance(k, Scaled):  # 64 positions spill up to a width of 64 on Blackwell, from 128 elsewhere
-        spills = H <= 64 if target.arch // 10 == 10 else H >= 128
-        return Config(rows, 32 if spills else 64, stages=2)
-    if H > 128:
-        return Config(rows, 32 if target.arch in LESS_SHARED else 64, stages=2)
-    return Config(rows, 64)
+def rule(target: Target, q_TNH: jax.Array, k: Pool, *, plain: bool) -> Config:
+    """The config for these shapes: the longest tiles that no compiler was seen to spill registers for.
+
+    plain says that there is neither a window nor a soft cap.
+    """
+    H, C = q_TNH.shape[-1], geometry(k)[2]
+    scaled = isinstance(k, Scaled)
+    match target.arch // 10:
+        case 10:
+            short = H == 96 or (H <= 64 and scaled)
+        case 9:
+            short = H >= 128 and scaled
+        case _:  # 8 and 12, whose tensor cores take operands from registers alone
+            short = H in (80, 96) or (H >= 128 and (scaled or not plain)) or (H == 256 and C < 64)
+            short |= H == 256 and target.arch in LESS_SHARED
+    return Config(64 if H > 128 else 128, 32 if short else 64)
 
 
 def attend(
@@ -89,7 +95,7 @@ def attend(
     """
     T, N, H = q_TNH.shape
     K = geometry(k)[1]
-    config = config or rule(target, q_TNH, k)
+    config = config or rule(target, q_TNH, k, plain=window is None and soft_cap is None)
     form = tiles.form_of(
         q_TNH, k, rows=config.rows, tile=config.tile, scale=scale, window=window, soft_cap=soft_cap
     )

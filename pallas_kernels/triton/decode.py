@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pl_triton
 
-from pallas_kernels.pools import Pool, Scaled, geometry
+from pallas_kernels.pools import Pool, geometry
 from pallas_kernels.target import H200, Target
 from pallas_kernels.triton import tiles
 from pallas_kernels.triton.merge import merge
@@ -40,18 +40,16 @@ class Config(NamedTuple):
     tile: int  # positions
     splits: int
     warps: int = 4
-    stages: int = 3  # tiles on their way at once
+    stages: int = 3  # a tile is on its way, and the number of the next one's block, while another is multiplied
 
 
 def rule(target: Target, q_BNH: jax.Array, k: Pool, columns: int) -> Config:
     """The config for these shapes; columns are those of the table."""
-    B, _, H = q_BNH.shape
+    B, N, H = q_BNH.shape
     _, K, C, _ = geometry(k)
-    numbers = k.numbers if isinstance(k, Scaled) else k
-    # A tile of keys, values and sums must fit the registers: 64 positions of 128 two-byte numbers do.
-    tile = 64 if H * max(numbers.dtype.itemsize, 2) <= 256 else 32
-    most = max(1, -(-columns * C // tile))
-    return Config(tile, max(1, min(-(-PROGRAMS_OF_A_CORE * target.cores // (B * K)), most)))
+    tile = 64 if H <= 128 else 32  # keys, values and sums must fit the registers
+    splits = min(-(-PROGRAMS_OF_A_CORE * target.cores // (B * K)), -(-columns * C // tile))
+    return Config(tile, max(1, splits), warps=4 if N // K <= 32 else 8)
 
 
 def attend(
