@@ -8,11 +8,11 @@ Nothing here touches a device: what it is comes from the part `facts`, told by a
 
 import dataclasses
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from bench import kernels_library, kernels_loads, kernels_step
 from bench.kernels_cases import CHOSEN, Case, Decode, cases, small_cases
-from bench.kernels_process import CHILD, ROOT, Job, Limits, Row, run
+from bench.kernels_process import CHILD, ROOT, Job, Limits, Row, run, surroundings
 from bench.kernels_serve import names, refusals
 from bench.kernels_serve import shape_of as shape_of_row
 from bench.kernels_speed import label, shape_of
@@ -151,7 +151,7 @@ def torch(around: Around, limit_s: float) -> list[Row]:
 
 def step(around: Around, limit_s: float) -> list[Row]:
     """A whole decode step, each way in a process of its own."""
-    rows = []
+    rows, end_at = [], time.monotonic() + limit_s
     batches = kernels_step.BATCHES[:1] if around.small else kernels_step.BATCHES
     by_cost = [(batch, by, way) for batch in batches for by in ("kernels", "xla") for way in kernels_step.WAYS]
     for index, (batch, by, way) in enumerate(by_cost):
@@ -161,7 +161,8 @@ def step(around: Around, limit_s: float) -> list[Row]:
         if around.target.platform == "cpu":
             environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace(kernels_step.WAYS[way], "").strip()
         jobs = [Job("step", str(batch), by, way)]
-        share = Limits(limit_s / len(by_cost) * 2)
+        left = max(end_at - time.monotonic(), 0)
+        share = Limits(min(left, 2 * limit_s / len(by_cost)))
         options = around.options | {"dump": str(folder)}
         rows += run(jobs, options, share, around.told, environment=environment)
     return rows
@@ -209,7 +210,7 @@ def summary(log: Path) -> Row:
 
 def call(command: list[str], limit_s: float, environment: Mapping[str, str]) -> str:
     """Run to its end; if it failed, the last line of what it said."""
-    around = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    around = surroundings(environment)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=around, cwd=ROOT)
     except subprocess.TimeoutExpired:

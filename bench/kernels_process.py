@@ -105,10 +105,14 @@ def lines(
 ) -> Iterator[dict]:
     """What one process tells, until it ends or is ended."""
     work = json.dumps({"jobs": jobs, "options": dict(options)})
-    around = dict(os.environ, PYTHONPATH=str(ROOT)) | dict(environment or {})
     with errors.open("w") as log:
         process = subprocess.Popen(
-            [*command, work], env=around, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT
+            [*command, work],
+            env=surroundings(environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
         )
     heard: queue.Queue[str | None] = queue.Queue()
     reader = threading.Thread(target=_listen, args=(process, heard), daemon=True)
@@ -128,6 +132,12 @@ def lines(
         process.wait()
         reader.join()
         process.stdout.close()
+
+
+def surroundings(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that finds this code, whatever else is on its path."""
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), **changes}
 
 
 def _listen(process: subprocess.Popen, heard: queue.Queue) -> None:

@@ -26,7 +26,7 @@ from bench.kernels_cases import (
 from bench.kernels_check import check, decode_spans, mixed_spans, shrunk
 from bench.kernels_judge import judged, missed, ratios, tables
 from bench.kernels_parts import Around
-from bench.kernels_process import Job, Limits, run
+from bench.kernels_process import Job, Limits, run, surroundings
 from bench.kernels_scenes import judged as judged_scene
 from bench.kernels_scenes import timed_pools, timed_table
 from bench.kernels_serve import names, shape_of
@@ -90,6 +90,14 @@ def test_what_time_does_not_reach_says_so():
 def test_a_process_that_cannot_start_gives_every_job_its_error():
     rows = doing("one", "two", script="import nothing_of_that_name")
     assert [row["error"] for row in rows] == ["ModuleNotFoundError: No module named 'nothing_of_that_name'"] * 2
+
+
+def test_a_process_finds_this_code_and_what_else_is_on_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    places = surroundings({"A": "b"})
+    assert places["PYTHONPATH"].split(":")[1:] == ["/somewhere"] and places["A"] == "b"
+    monkeypatch.delenv("PYTHONPATH")
+    assert ":" not in surroundings({})["PYTHONPATH"]
 
 
 def test_a_child_goes_on_after_what_leaves_the_device_whole(capsys):
@@ -481,7 +489,8 @@ def test_the_whole_runs_small_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert kernels.main(["--only", "speed,check", "--case", "small 8 after", "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert "prefill: shares of a large product's" in said.out and said.out.endswith("nothing is wrong\n")
+    assert "prefill: shares of a large product's" in said.out
+    assert said.out.splitlines()[-1].startswith("0 things are wrong, ")
     assert "speed prefill small 8 after 24 xla: context 32" in said.err
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(line["figures"]["device"] == "cpu" and line["figures"]["jax"] for line in lines)
