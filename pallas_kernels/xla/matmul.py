@@ -119,10 +119,9 @@ def _tile_of_bits(w: PerColumn, x_TD: jax.Array) -> jax.Array:
     """The same for the bits of float8_e4m3fn, which XLA widens three times as slowly as this."""
     bits = w.numbers_XD.astype(jnp.int32)
     size = bits & 127
-    with_one = lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)
-    number = jnp.where(
-        size < 8, size.astype(jnp.float32) * 2.0**-9, with_one
-    )  # below 2^-6 no leading one is implied
+    normal = lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)
+    small = size.astype(jnp.float32) * 2.0**-9  # numbers below 2^-6 have no leading one
+    number = jnp.where(size < 8, small, normal)
     return _tile_of_numbers(w._replace(numbers_XD=jnp.where(bits < 0, -number, number)), x_TD)
 
 
