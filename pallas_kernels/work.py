@@ -11,7 +11,7 @@ so that every program has as much to read, whatever the lengths are. With `fixed
 is cut from its own first tile on, and an item is done whole by the program in whose share it begins: what a row
 gives then depends on nothing but the row.
 
-Cost: some comparisons of items with rows, in XLA, once a step for all layers.
+Cost: comparisons of rows with rows and of items with rows, in a few small XLA kernels, once a step for all layers.
 Source: Stream-K's cut of the work, over positions; FlashInfer's plan apart from the run.
 """
 
@@ -31,8 +31,7 @@ class Work(NamedTuple):
     row_I: jax.Array
     first_I: jax.Array  # tile in the row
     count_I: jax.Array  # tiles
-    begin_X: jax.Array  # the items of program x are begin_x..end_x - 1
-    end_X: jax.Array
+    bound_X: jax.Array  # the items of program x are bound_x..bound_(x + 1) - 1; one more than programs
     first_B: jax.Array  # the items of row b are first_b..first_b + items_b - 1
     items_B: jax.Array
 
@@ -55,8 +54,8 @@ def deal(
     B = lengths_B.shape[0]
     skipped_B = xp.zeros_like(lengths_B) if window is None else xp.maximum(lengths_B - window, 0) // TILE
     tiles_B = -(-lengths_B // TILE) - skipped_B
-    end_B = xp.cumsum(tiles_B)
-    begin_B = end_B - tiles_B
+    begin_B = before(tiles_B, xp)
+    end_B = begin_B + tiles_B
     share = xp.maximum(-(-end_B[-1] // programs), 1)
     if fixed is None:
         size, cut_B = share, begin_B // share * share  # the row's first cut, at or before its first tile
@@ -65,14 +64,21 @@ def deal(
         size, cut_B = fixed, begin_B
         num_items = B * -(-most_tiles // fixed)
     items_B = -(-(end_B - cut_B) // size) * (tiles_B > 0)
-    last_B = xp.cumsum(items_B)
+    first_B = before(items_B, xp)
+    last_B = first_B + items_B
     item_I = xp.arange(num_items)
     row_I = xp.minimum(xp.sum(last_B <= item_I[:, None], axis=1), B - 1)
     live_I = item_I < last_B[-1]
-    cut_I = cut_B[row_I] + (item_I - (last_B - items_B)[row_I]) * size
+    cut_I = cut_B[row_I] + (item_I - first_B[row_I]) * size
     begin_I = xp.where(live_I, xp.maximum(cut_I, begin_B[row_I]), BEYOND)
     count_I = xp.where(live_I, xp.minimum(cut_I + size, end_B[row_I]) - begin_I, 0)
     first_I = xp.where(live_I, begin_I - begin_B[row_I] + skipped_B[row_I], 0)
-    item_Y = xp.sum(begin_I < share * xp.arange(programs + 1)[:, None], axis=1)
-    parts = (row_I, first_I, count_I, item_Y[:-1], item_Y[1:], last_B - items_B, items_B)
+    bound_X = xp.sum(begin_I < share * xp.arange(programs + 1)[:, None], axis=1)
+    parts = (row_I, first_I, count_I, bound_X, first_B, items_B)
     return Work(*(part.astype(xp.int32) for part in parts))
+
+
+def before(count_B: jax.Array, xp: ModuleType) -> jax.Array:
+    """The sum of the counts of earlier rows: one reduction, where a running sum would be three kernels on a GPU."""
+    row_B = xp.arange(count_B.shape[0])
+    return xp.sum(xp.where(row_B < row_B[:, None], count_B, 0), axis=1)

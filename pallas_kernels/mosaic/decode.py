@@ -140,13 +140,13 @@ def items(
     sizes: Sizes,
 ) -> tuple[jax.Array, jax.Array]:
     """Each item's total [I, K, H, g], not divided by its mass, and its top and mass [I, K, 2, g]."""
-    num_items, programs = work.row_I.shape[0], work.begin_X.shape[0]
+    num_items, programs = work.row_I.shape[0], work.bound_X.shape[0] - 1
     # A copy of g heads must not be larger than what it copies from, which lies in tiles of eight.
     missing = max(sizes.g - q_BNH.shape[1], -q_BNH.shape[1] % 8)
     if missing:
         q_BNH = jnp.pad(q_BNH, ((0, 0), (0, missing), (0, 0)))
     numbers, scales = ((k.numbers, v.numbers), (k.scales_PKC, v.scales_PKC)) if sizes.scaled else ((k, v), ())
-    lists = (table_BM, lengths_B, base.reshape(1), *work[:5])
+    lists = (table_BM, lengths_B, base.reshape(1), *work[:4])
     return plgpu.kernel(
         functools.partial(program, sizes=sizes),
         out_type=[

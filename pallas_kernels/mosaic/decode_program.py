@@ -31,7 +31,7 @@ def program(q_BNH, k, v, *rest, sizes: Sizes, **shared):
     split = 2 if sizes.scaled else 0
     refs = Refs(q_BNH, k, v, rest[:split], *rest[split:], **shared)
     index = lax.axis_index("program")
-    begin, end = refs.begin_X[index], refs.end_X[index]
+    begin, end = refs.bound_X[index], refs.bound_X[index + 1]
     consumer = lax.axis_index("warpgroup") == 0
     pl.when(consumer)(lambda: consume(refs, sizes, begin, end))
     pl.when(jnp.logical_not(consumer))(lambda: produce(refs, sizes, begin, end))

@@ -70,8 +70,7 @@ class Refs(NamedTuple):
     row_I: jax.Array
     first_I: jax.Array
     count_I: jax.Array
-    begin_X: jax.Array
-    end_X: jax.Array
+    bound_X: jax.Array
     totals_IKHg: jax.Array
     stats_IKSg: jax.Array
     q_tiles: jax.Array  # of this item and the next

@@ -35,7 +35,7 @@ def test_items_of_a_row_are_merged_by_their_masses(counts, N, K, H, sinks):
     totals_IKHg[-2:] = stats_IKSg[-2:] = np.nan
     sinks_N = rng.normal(size=N).astype(np.float32) if sinks else None
     nothing = np.zeros(1, np.int32)
-    work = Work(*[nothing] * 5, first_B, items_B)
+    work = Work(*[nothing] * 4, first_B, items_B)
     with interpreted(races=True):
         o_BNH, lse_BN = jax.jit(lambda *arrays: merge(*arrays, num_heads=N, dtype=np.float32))(
             totals_IKHg, stats_IKSg, work, sinks_N
