@@ -12,7 +12,7 @@ from tests.pallas_kernels import scenes
 from tests.pallas_kernels.mosaic.clocks import products_have_clocks
 from tests.pallas_kernels.mosaic.interpreting import interpreted, watched
 
-LENGTHS = [350, 30]
+LENGTHS = [300, 30]
 
 
 def run(kind=None):
