@@ -16,9 +16,10 @@ Cost: half an hour for all of it; --seconds shares out less, what matters most f
 """
 
 import argparse
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,8 +36,6 @@ USUAL = ("ceilings", "check", "speed", "library", "torch", "step")
 def main(arguments: list[str]) -> int:
     """Run the parts that were asked for; 0 when all is right and nothing misses what it has to ship."""
     chosen = options(arguments)
-    wanted = parts(chosen)
-    end_at = time.monotonic() + chosen.seconds
     with TemporaryDirectory(prefix="serac-bench-kernels-") as folder:
         around = Around(Path(folder), chosen.small, chosen.case, chosen.torch, progress(time.monotonic()))
         facts = kernels_parts.facts(around)
@@ -44,21 +43,40 @@ def main(arguments: list[str]) -> int:
             print(f"bench kernels: no device: {facts['error']}", file=sys.stderr)
             return 1
         around = around.knowing(facts)
-        rows: list[Row] = []
-        for index, name in enumerate(wanted):
-            left = max(end_at - time.monotonic(), 0)
-            weights = [PARTS[each].weight for each in wanted[index:]]
-            rows += PARTS[name].run(around, left * weights[0] / sum(weights))
-    rows = judged(rows)
-    rows += ratios(rows)
+        about = {"device": facts["kind"] or facts["platform"], "jax": facts["jax"]}
+
+        def keep(rows: Sequence[Row]) -> None:
+            record("kernels", arguments).append([about | row for row in rows], chosen.out)
+
+        rows = judged(run_parts(parts(chosen), around, chosen.seconds, keep))
+    beside = ratios(rows)
+    keep(beside)
+    rows += beside
     for title, lines in tables(rows):
         show(title, lines)
-    facts_of_run = {"device": facts["kind"] or facts["platform"], "jax": facts["jax"]}
-    record("kernels", arguments).append([facts_of_run | row for row in rows], chosen.out)
     wrong = missed(rows, small=around.small)
     unseen = sum("skipped" in row for row in rows)
     print("\n".join([f"{len(wrong)} things are wrong, {unseen} were not measured", *wrong]))
     return int(bool(wrong))
+
+
+def run_parts(names: Sequence[str], around: Around, seconds: float, keep: Callable) -> list[Row]:
+    """The rows of all parts; those of a part are kept when it ends, and an interrupt ends them all."""
+    end_at = time.monotonic() + seconds
+    rows: list[Row] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for index, name in enumerate(names):
+            left = max(end_at - time.monotonic(), 0)
+            weights = [PARTS[each].weight for each in names[index:]]
+            fresh = PARTS[name].run(around, left * weights[0] / sum(weights))
+            rows += fresh
+            keep(judged(rows)[-len(fresh) :] if fresh else [])
+    except KeyboardInterrupt:
+        rows.append({"part": "all", "case": "what was left", "error": "interrupted"})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return rows
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,7 +103,7 @@ def parts(chosen: argparse.Namespace) -> list[str]:
     return [name for name in PARTS if name in wanted]
 
 
-def progress(began_at: float):
+def progress(began_at: float) -> Callable[[Row], None]:
     """A function that tells a row in one line, with the seconds since the beginning."""
 
     def told(row: Row) -> None:

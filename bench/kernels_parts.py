@@ -34,7 +34,6 @@ MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 WATCHED = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}  # arrays have bounds that compute-sanitizer knows
 UNSEEN = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 HOST_SHARE = 16  # of a host's memory, one part in so many is taken for a device's where there is none
-SMALL_CHECKS = 6  # served rows that a small run checks
 START_S = 180
 CEILINGS = ("read", "copy", "matmul", "link")
 
@@ -75,7 +74,7 @@ class Around:
 
 def facts(around: Around) -> Row:
     """Of the device that JAX finds, or an `error`."""
-    return run([Job("facts", "device")], around.options, Limits(START_S), lambda row: None)[0]
+    return run([Job("facts", "device")], around.options, Limits(START_S), lambda row: None, environment=MEMORY)[0]
 
 
 def ceilings(around: Around, limit_s: float) -> list[Row]:
@@ -85,20 +84,24 @@ def ceilings(around: Around, limit_s: float) -> list[Row]:
 
 
 def check_jobs(around: Around) -> list[Job]:
-    """Each served row by each kernel that serves it, XLA where none does; first by those that are chosen."""
+    """Each served row by each kernel that serves it, XLA where none does; first by those that are chosen.
+
+    A row named for another device is the same step. Of small ones one stands for each kernel and dtype.
+    """
     ranked = []
     for row in served.SERVED:
         part = step_parts(row.numerics, not row.rows)[-1]
         able = names(part, around.target, shape_of_row(row))
         asked = able[:-1] or able
         ranked += [(rank, Job("check", row.name, by, part)) for rank, by in enumerate(asked)]
-    jobs = [job for _, job in sorted(ranked, key=lambda each: each[0])]
-    devices = {row.name: row.target for row in served.SERVED}
-    # A row named for another device is the same step.
-    jobs = around.wanted(jobs)[::-1]
-    steps = {(job.case.removesuffix(f" {devices[job.case]}"), *job[2:]): job for job in jobs}
-    distinct = list(steps.values())[::-1]
-    return distinct[:: max(1, len(distinct) // SMALL_CHECKS)] if around.small else distinct
+    jobs = around.wanted([job for _, job in sorted(ranked, key=lambda each: each[0])])
+    rows = {row.name: row for row in served.SERVED}
+    firsts: dict[tuple, Job] = {}
+    for job in jobs:
+        row = rows[job.case]
+        same = row.pool or row.dtype if around.small else row._replace(target="", by="")
+        firsts.setdefault((same, job.by, job.piece), job)
+    return list(firsts.values())
 
 
 def check(around: Around, limit_s: float) -> list[Row]:

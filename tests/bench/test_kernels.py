@@ -505,3 +505,21 @@ def test_every_part_runs_small_on_a_cpu(tmp_path):
     found = [json.loads(line)["figures"] for line in out.read_text().splitlines()]
     assert {row["part"] for row in found} >= {"ceilings", "check", "speed", "library", "torch", "step", "loads"}
     assert not any("error" in row for row in found)
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+    def interrupted(around, limit_s):
+        raise KeyboardInterrupt
+
+    kept = []
+    first = {"part": "ceilings", "case": "copy", "us": 1.0, "GB/s": 2.0}
+    shares = []
+    parts = {
+        "one": kernels_parts.Described(lambda around, limit_s: shares.append(limit_s) or [first], 1),
+        "two": kernels_parts.Described(interrupted, 3),
+    }
+    monkeypatch.setattr(kernels, "PARTS", parts)
+    rows = kernels.run_parts(["one", "two"], around(tmp_path), 100, kept.extend)
+    assert kept == [first] and rows[1]["error"] == "interrupted" and missed(rows, small=True)
+    assert shares == [pytest.approx(25, abs=1)]
+    assert kernels.tables(rows)[-1][1][0]["error"] == "interrupted"
