@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ REFRESH = "python -m bench ahead --write"
 WORKERS = 2
 EQUAL = ("registers", "spill_bytes", "shared_bytes")  # of a kernel and its record
 NO_LESS = ("wgmma", "mma", "tma")
+MORE = 1.1  # times the temporaries that are recorded, at most
 STEPS = tuple(step.name for step in ahead_step.STEPS)
 Row = dict[str, object]
 
@@ -78,7 +80,7 @@ def pinned(jax_version: str) -> list[str]:
 
 
 def compile_all(
-    python: str, names: Sequence[str], told: Callable[[Row], None] = lambda row: None, timeout_s: float = 600
+    python: str, names: Sequence[str], told: Callable[[Row], None] = lambda row: None, timeout_s: float = 1800
 ) -> dict[str, Row]:
     """The figures of each name, compiled by processes of `python`; one that ended its process holds an `error`."""
     shares = [names[worker::WORKERS] for worker in range(WORKERS)]
@@ -99,7 +101,7 @@ def compile_share(python: str, names: Sequence[str], timeout_s: float) -> Iterat
     """Rows as they come; after a row that ends its process another process goes on."""
     left = list(names)
     while left:
-        begun = left[0]
+        begun, began_at = left[0], time.monotonic()
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             for row in lines_of(python, left, errors, timeout_s):
                 begun = str(row["name"])
@@ -110,13 +112,16 @@ def compile_share(python: str, names: Sequence[str], timeout_s: float) -> Iterat
                 lost = begun if begun in left else left[0]
                 left.remove(lost)
                 errors.seek(0)
-                yield {"name": lost, "error": telling(errors.read().splitlines())}
+                late = time.monotonic() - began_at > timeout_s
+                said = f"not done after {timeout_s} s" if late else telling(errors.read().splitlines())
+                yield {"name": lost, "error": said}
 
 
 def telling(said: Sequence[str]) -> str:
     """The line that says why a process ended."""
+    said = [words for words in said if words.strip()] or ["it said nothing"]
     wanted = [words for words in said if "ERROR" in words or "Error" in words]
-    return (wanted or [*said] or ["it said nothing"])[-1][-500:]
+    return (wanted or said)[-1][-500:]
 
 
 def lines_of(python: str, names: Sequence[str], errors: TextIO, timeout_s: float) -> Iterator[Row]:
@@ -158,6 +163,8 @@ def differences(found: Mapping[str, Row], recorded: Mapping[str, Row]) -> list[s
             off = [what for what in EQUAL if now[what] != then[what]]
             off += [what for what in NO_LESS if now[what] < then[what]]
             lines += [f"{name}: {kernel}: {what} {now[what]}, recorded {then[what]}" for what in off]
+        if row["temp_bytes"] > MORE * old["temp_bytes"]:
+            lines.append(f"{name}: {row['temp_bytes']} bytes of temporaries, recorded {old['temp_bytes']}")
     return lines
 
 
@@ -182,10 +189,11 @@ def kernel_words(name: str, kernel: Mapping) -> str:
 
 
 def record(found: Mapping[str, Row]) -> None:
-    """Put the figures in RECORDED, under this version of jax; what the file holds of others stays."""
+    """Put the figures of what compiled in RECORDED, under this version of jax; what it holds of others stays."""
     whole = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     timed = ("lower_s", "compile_s", "serialise_s")
-    kept = {name: {key: value for key, value in row.items() if key not in timed} for name, row in found.items()}
+    good = {name: row for name, row in found.items() if "error" not in row}
+    kept = {name: {key: value for key, value in row.items() if key not in timed} for name, row in good.items()}
     mine = whole.setdefault(importlib.metadata.version("jax"), {"packages": {}, "rows": {}})
     mine["packages"] = {name: installed(name) for name in PACKAGES}
     mine["rows"] |= kept

@@ -86,8 +86,8 @@ def figures(name: str, dump: Path, seen: Seen) -> Figures:
     seconds = {"lower_s": middle - began, "compile_s": time.perf_counter() - middle}
     found = read(compiled, dump, seen) | {key: round(value, 2) for key, value in seconds.items()}
     if name.startswith(ahead_step.NAME):
-        found |= ahead_step.facts(step, compiled)
-    return found
+        return found | ahead_step.facts(step, compiled)
+    return found | {"by": [choice.name for choice in served.kernels(row)]}
 
 
 def topology(target: str, size: int) -> list[jax.Device]:

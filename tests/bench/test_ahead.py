@@ -41,7 +41,7 @@ def test_a_row_that_ends_its_process_is_named_and_the_others_go_on(fake):
 
 def test_a_row_that_does_not_end_is_named_too(fake):
     found = compile_all(fake, ["a", "slow", "b", "c"], timeout_s=2)
-    assert "error" in found["slow"] and found["c"] == {"kernels": {}}
+    assert found["slow"] == {"error": "not done after 2 s"} and found["c"] == {"kernels": {}}
 
 
 def test_a_python_that_says_nothing_fails_every_row(tmp_path):
@@ -68,15 +68,21 @@ def test_rows_are_told_as_they_come(fake):
     ],
 )
 def test_a_kernel_that_changed_is_named(change, words):
-    then = {"row": {"kernels": {"decode": KERNEL}}}
-    now = {"row": {"kernels": {"decode": KERNEL | change}}}
+    then = {"row": {"kernels": {"decode": KERNEL}, "temp_bytes": 0}}
+    now = {"row": {"kernels": {"decode": KERNEL | change}, "temp_bytes": 0}}
     assert differences(then, then) == []
     assert differences(now, then) == [f"row: {words}"]
 
 
 def test_more_tensor_cores_are_no_fault():
-    then, now = ({"row": {"kernels": {"decode": KERNEL | {"wgmma": count}}}} for count in (8, 9))
+    then, now = ({"row": {"kernels": {"decode": KERNEL | {"wgmma": count}}, "temp_bytes": 0}} for count in (8, 9))
     assert differences(now, then) == []
+
+
+def test_temporaries_may_grow_by_a_tenth():
+    then, same, more = ({"row": {"kernels": {}, "temp_bytes": size}} for size in (1000, 1100, 1101))
+    assert differences(same, then) == []
+    assert differences(more, then) == ["row: 1101 bytes of temporaries, recorded 1000"]
 
 
 def test_rows_that_failed_came_or_went_are_named():
@@ -93,7 +99,7 @@ def test_a_record_keeps_what_other_versions_and_rows_hold(tmp_path, monkeypatch)
     rows = {names[0]: {"launches": 1}, "gone": {"launches": 1}}
     file.write_text(json.dumps({"0.0.1": {}, ahead.importlib.metadata.version("jax"): {"rows": rows}}))
     monkeypatch.setattr(ahead, "RECORDED", file)
-    record({names[1]: {"launches": 2, "compile_s": 3.0}})
+    record({names[1]: {"launches": 2, "compile_s": 3.0}, names[0]: {"error": "no"}})
     (version, mine) = json.loads(file.read_text()).popitem()
     assert json.loads(file.read_text()).keys() == {"0.0.1", version}
     assert mine["rows"] == {names[0]: {"launches": 1}, names[1]: {"launches": 2}}
