@@ -16,6 +16,7 @@ Cost: half an hour for all of it; --seconds shares out less, what matters most f
 """
 
 import argparse
+import dataclasses
 import signal
 import sys
 import time
@@ -64,16 +65,26 @@ def run_parts(names: Sequence[str], around: Around, seconds: float, keep: Callab
     """The rows of all parts; those of a part are kept when it ends, and an interrupt ends them all."""
     end_at = time.monotonic() + seconds
     rows: list[Row] = []
+    fresh: list[Row] = []  # of the part that runs
+
+    def told(row: Row) -> None:
+        fresh.append(row)
+        around.told(row)
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for index, name in enumerate(names):
+            fresh.clear()
             left = max(end_at - time.monotonic(), 0)
             weights = [PARTS[each].weight for each in names[index:]]
-            fresh = PARTS[name].run(around, left * weights[0] / sum(weights))
+            share = left * weights[0] / sum(weights)
+            fresh[:] = PARTS[name].run(dataclasses.replace(around, told=told), share)
             rows += fresh
-            keep(judged(rows)[-len(fresh) :] if fresh else [])
+            keep(judged(rows)[len(rows) - len(fresh) :])
     except KeyboardInterrupt:
+        rows += [row for row in fresh if row not in rows]
         rows.append({"part": "all", "case": "what was left", "error": "interrupted"})
+        keep(fresh)
     finally:
         signal.signal(signal.SIGTERM, before)
     return rows

@@ -1,6 +1,6 @@
 """The best library call in JAX beside our kernels, in the same run: attention of contiguous keys and values.
 
-    jax.nn.dot_product_attention(implementation="cudnn")     decode: lengths of keys; prefill: causal from 0
+    jax.nn.dot_product_attention(implementation="cudnn")     decode: all keys, or lengths; prefill: causal
 
 It reads no blocks, so it stands for what a kernel without paging does. A chunk after a prefix is not among its
 masks, 8-bit keys are not among its dtypes. On a machine without a GPU the plain XLA implementation takes its place.
@@ -39,16 +39,17 @@ def measure(case: Case, implementation: str, memory_bytes: int) -> Iterator[Row]
 def _seconds(case: Case, context: int, implementation: str) -> float:
     heads = case.heads
     decode = isinstance(case, Decode)
+    ragged = decode and case.ragged
     B, T = (case.batch, 1) if decode else (1, case.tokens)
     lengths_B = jnp.asarray(case.lengths(context) if decode else [context], jnp.int32)
-    S = case.longest if decode and case.ragged else context
+    S = case.longest if ragged else context
     q_BTNH, k_BSKH, v_BSKH = (
         jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
         for seed, shape in enumerate([(B, T, heads.N, heads.H), *2 * [(B, S, heads.K, heads.H)]])
     )
 
     def call(base: jax.Array, q_BTNH, k_BSKH, v_BSKH, lengths_B) -> tuple[jax.Array, jax.Array]:
-        mask = {"key_value_seq_lengths": lengths_B} if decode else {"is_causal": True}
+        mask = {"key_value_seq_lengths": lengths_B} if ragged else {"is_causal": not decode}
         o_BTNH = jax.nn.dot_product_attention(
             q_BTNH + base.astype(q_BTNH.dtype), k_BSKH, v_BSKH, implementation=implementation, **mask
         )

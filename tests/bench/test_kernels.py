@@ -508,7 +508,10 @@ def test_every_part_runs_small_on_a_cpu(tmp_path):
 
 
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+    second = {"part": "speed", "case": "x", "skipped": "noise"}
+
     def interrupted(around, limit_s):
+        around.told(second)
         raise KeyboardInterrupt
 
     kept = []
@@ -520,6 +523,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(kernels, "PARTS", parts)
     rows = kernels.run_parts(["one", "two"], around(tmp_path), 100, kept.extend)
-    assert kept == [first] and rows[1]["error"] == "interrupted" and missed(rows, small=True)
+    assert kept == [first, second] and rows[:2] == [first, second]
+    assert rows[2]["error"] == "interrupted" and missed(rows, small=True)
     assert shares == [pytest.approx(25, abs=1)]
-    assert kernels.tables(rows)[-1][1][0]["error"] == "interrupted"
+    assert kernels.tables(rows)[-1][1][1]["error"] == "interrupted"

@@ -1,7 +1,7 @@
 import json
 
 from bench.__main__ import BENCHES, main
-from bench.record import machine, record, show
+from bench.record import gpu, machine, record, show
 
 
 def test_a_line_holds_what_is_needed_to_make_the_figure_again(tmp_path):
@@ -39,3 +39,18 @@ def test_the_benches_are_listed_and_an_unknown_one_is_answered_with_the_list(cap
     assert all(name in listed for name in BENCHES)
     assert main(["mash"]) == 2
     assert "got 'mash'; expected one of mesh" in capsys.readouterr().err
+
+
+def test_a_gpu_is_named_with_its_driver_where_its_tool_is(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + 2 * "echo 'NVIDIA H200, 580.1, 700.00 W, 1980 MHz'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    wanted = {"gpu": "NVIDIA H200", "driver": "580.1", "power limit": "700.00 W", "highest clock": "1980 MHz"}
+    assert gpu() == wanted
+    line = json.loads(record("kernels", []).lines([{"rows": 1}])[0])
+    assert line["machine"].items() >= wanted.items()
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu() == {}
+    monkeypatch.setenv("PATH", "")
+    assert gpu() == {}
