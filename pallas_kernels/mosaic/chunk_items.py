@@ -87,7 +87,7 @@ class Refs(NamedTuple):
     v_here: jax.Array
     k_free: jax.Array
     v_free: jax.Array
-    turns: jax.Array
+    turns: jax.Array  # of consumers 0 and 1
 
 
 class Item(NamedTuple):
@@ -122,7 +122,7 @@ def shared_memory(sizes: Sizes, dtype: jnp.dtype) -> list:
         copied,
         left,
         left,
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_barriers=2),
     ]
 
 

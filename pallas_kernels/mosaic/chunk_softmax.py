@@ -1,12 +1,20 @@
 """A consumer of `chunks`: the running softmax of 64 rows over the tiles of positions of each item.
 
-    masked | whole whole whole | masked        the window's edge, what all rows see, the diagonal
+    masked | whole whole whole | masked        the first tile, what all rows see, the diagonal
+    masked   masked              masked        with a window
 
-Values that nobody sees may be NaN, and 0 * NaN is NaN: where a tile begins before all that is seen or ends past
-all that is written, consumer 0 clears those values in shared memory before either multiplies them.
+The products of two tiles go to the tensor cores in one turn, and while the other consumer has its turn and
+multiplies, the scores become weights:
 
-Cost: for each row and position one exp2, and one multiply-add, maximum, sum and conversion around it, while the
-other consumer multiplies. Little is kept over the loops, since a few registers more would spill.
+    turn     QK0        QK1 PV0        QK2 PV1        PV2
+    between       max, exp2, sum  max, exp2, sum  ..
+
+Values that nobody sees may be NaN, and 0 * NaN is NaN: where the first tile begins before all that is seen or the
+last ends past all that is written, consumer 0 clears those values in shared memory, before its turn and so before
+the other's.
+
+Cost: for each row and position one exp2, and one multiply-add, maximum, sum and conversion around it. Few scalars
+live through the loops, since a few registers more would spill.
 """
 
 import functools
@@ -20,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.chunk_items import Item, Refs, Sizes, heads_of, item, out_width, turns_of_block
-from pallas_kernels.mosaic.memory import ROWS, load
+from pallas_kernels.mosaic.memory import ROWS, box_bytes, load
 from pallas_kernels.mosaic.tiles import Tiles
 
 NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
@@ -28,25 +36,19 @@ NOTHING_YET = -1e20  # tops below it are of rows that saw nothing
 LOG2_E = math.log2(math.e)
 
 
-class See(NamedTuple):
-    """Places on the line of positions that a block meets, one item's after the other's. Scalars."""
-
-    place: jax.Array  # of the consumer's first token
-    begin: jax.Array
-    end: jax.Array
-
-
 class Running(NamedTuple):
     """Softmax so far of a consumer's 64 rows; tops in units of log 2."""
 
-    total_rH: jax.Array
+    total_rH: jax.Array  # without the last tile
     top_r: jax.Array
     mass_r: jax.Array
+    weights_rs: jax.Array | None = None  # of the last tile
 
 
 def consume(refs: Refs, sizes: Sizes, group: jax.Array) -> None:
     """Attention of 64 rows of each of the block's items."""
     plgpu.set_max_registers(232, action="increase")
+    pl.when(group == 1)(lambda: plgpu.barrier_arrive(refs.turns.at[0]))  # the first turn is the other's
 
     def one(turn, done):
         what = item(refs, sizes, turn)
@@ -54,20 +56,15 @@ def consume(refs: Refs, sizes: Sizes, group: jax.Array) -> None:
         @pl.when(what.at.count > 0)
         def _():
             plgpu.barrier_wait(refs.q_here)
-            pl.when(group == 1)(lambda: take_turn(refs))
-
-        state = meet_all(refs, sizes, what.at, group, done, nothing_yet(refs, sizes, what, group))
-        what = item(refs, sizes, turn)  # read anew, since registers are scarce in between
-
-        @pl.when(what.at.count > 0)
-        def _():
-            pl.when(group == 0)(lambda: take_turn(refs))
-            plgpu.barrier_arrive(refs.q_free)
-            finish(refs, sizes, what, group, state)
+            state = meet_all(refs, sizes, what.at, group, done, nothing_yet(refs, sizes, what, group))
+            again = item(refs, sizes, turn)  # read anew: registers were scarce
+            state = add_last(refs, sizes, again.at, group, done, state)
+            finish(refs, sizes, again, group, state)
 
         return done + what.at.count
 
     lax.fori_loop(0, turns_of_block(refs, sizes), one, jnp.int32(0))
+    pl.when(group == 0)(lambda: plgpu.barrier_wait(refs.turns.at[0]))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -88,12 +85,13 @@ def finish(refs: Refs, sizes: Sizes, what: Item, group: jax.Array, state: Runnin
         plgpu.commit_smem()
         if not column:
             plgpu.copy_smem_to_gmem(refs.lse_tiles.at[group], refs.lse.at[what.tile, what.part, group])
-        for j in range(sizes.own_heads):
+        goal_TNH = refs.o_TNH.at[:, :, pl.ds(column, columns)]
+
+        @pl.loop(0, jnp.clip(sizes.G - head, 0, sizes.own_heads))  # not those that are another's double
+        def _(j, column=column, columns=columns, goal_TNH=goal_TNH):
             source = refs.o_tiles.at[group, pl.ds(j * size, size), pl.ds(0, columns)]
-            n = kv_head * sizes.G + jnp.minimum(head + j, sizes.G - 1)
-            goal = refs.o_TNH.at[:, n, pl.ds(column, columns)]
-            token, apart = group * sizes.next_token, columns < width
-            pl.when(head + j < sizes.G)(functools.partial(write, source, goal, what.at, token, apart))
+            token = group * sizes.next_token
+            write(source, goal_TNH.at[:, kv_head * sizes.G + head + j], what.at, token, apart=columns < width)
 
 
 def write(source: jax.Array, goal_TH: jax.Array, at: Tiles, token: jax.Array, apart: bool) -> None:
@@ -117,12 +115,6 @@ def write(source: jax.Array, goal_TH: jax.Array, at: Tiles, token: jax.Array, ap
     pl.when(jnp.logical_not(whole))(one_by_one)
 
 
-def take_turn(refs: Refs) -> None:
-    """Both consumers meet: what one did before is seen by the other after."""
-    plgpu.barrier_arrive(refs.turns)
-    plgpu.barrier_wait(refs.turns)
-
-
 def nothing_yet(refs: Refs, sizes: Sizes, what: Item, group: jax.Array) -> Running:
     """The softmax of no position; a sink is a score without a value."""
     column = plgpu.Layout.WGMMA.reduce(1)
@@ -135,70 +127,127 @@ def nothing_yet(refs: Refs, sizes: Sizes, what: Item, group: jax.Array) -> Runni
 
 
 def meet_all(refs: Refs, sizes: Sizes, at: Tiles, group: jax.Array, done: jax.Array, state: Running) -> Running:
-    """Meet the item's tiles of positions in order. Those in the middle are seen whole and need no mask."""
-    s, window, token = sizes.tile, sizes.window, group * sizes.next_token
-    shift = done * s  # the loops count on from the block's last tile, and so do the places they compare with
-    see = See(*(shift + place for place in (at.place + token, at.begin, at.end)))
-    masked, whole = (functools.partial(meet, refs, sizes, see, group, masked=masked) for masked in (True, False))
-    last = done + at.count
-    if sizes.ordered or (window is not None and sizes.H > 128):  # three loops would not fit the registers
-        return lax.fori_loop(done, last, masked, state)
-    low, high = (jnp.clip(edge, token, token + sizes.own_tokens) for edge in (at.low, at.high))
-    end = jnp.clip(done + lax.div(at.place + low + 1, s), done, last)
-    begin = done
-    if window is not None:
-        unseen = jnp.maximum(at.place + high - window, 0)  # before what its last token sees
-        begin = jnp.clip(done + lax.div(unseen + (s - 1), s), done, end)
-        state = lax.fori_loop(done, begin, masked, state)
-    state = lax.fori_loop(begin, end, whole, state)
-    return lax.fori_loop(end, last, masked, state)
+    """Weigh the item's tiles of positions in order. Those that all rows see whole need no mask."""
+    token = group * sizes.next_token
+    # The loops count on from the block's last tile, and so does the place of the first token.
+    step = functools.partial(meet, refs, sizes, done * sizes.tile + at.place + token, group)
+    state = meet_first(refs, sizes, at, group, done, state)
+    end = begin = done + 1
+    # A window's edge would take a third loop, and that more registers than there are.
+    if not sizes.ordered and sizes.window is None:
+        low = jnp.clip(at.low, token, token + sizes.own_tokens)
+        end = jnp.clip(done + lax.div(at.place + low + 1, sizes.tile), begin, done + at.count)
+        state = lax.fori_loop(begin, end, functools.partial(step, masked=False), state)
+    state = lax.fori_loop(end, done + at.count, functools.partial(step, masked=True), state)
+    plgpu.barrier_arrive(refs.q_free)
+    return state
+
+
+def meet_first(refs: Refs, sizes: Sizes, at: Tiles, group: jax.Array, index: jax.Array, state: Running) -> Running:
+    """Weigh an item's first tile of positions."""
+
+    def score(sum_rs):
+        multiply_keys(refs, sizes, group, index, sum_rs)
+        plgpu.barrier_arrive(refs.turns.at[1 - group])
+        return sum_rs[...]
+
+    await_turn(refs, sizes, group, index)
+    scores_rs = pl.run_scoped(score, plgpu.ACC((ROWS, sizes.tile), jnp.float32))
+    slot = lax.rem(index, sizes.stages)
+    plgpu.barrier_arrive(refs.k_free.at[slot])
+    seen_rs = seen(sizes, at.place + group * sizes.next_token)
+    _, state = weigh(sizes, scores_rs, seen_rs, state)
+    plgpu.barrier_wait(refs.v_here.at[slot])
+    if sizes.window is not None:
+        unseen = (group == 0) & (at.begin > 0)
+        pl.when(unseen)(lambda: clear(refs.v_tiles.at[slot], at.begin, sizes.tile))
+    return state._replace(weights_rs=state.weights_rs.astype(refs.v_PKCH.dtype))
 
 
 def meet(
-    refs: Refs, sizes: Sizes, see: See, group: jax.Array, index: jax.Array, state: Running, *, masked: bool
+    refs: Refs, sizes: Sizes, place: jax.Array, group: jax.Array, index: jax.Array, state: Running, *, masked: bool
 ) -> Running:
-    """Add one tile of positions to the running softmax; `index` counts the block's tiles."""
-    s, H = sizes.tile, sizes.H
+    """Weigh one tile of positions and add the one before; `index` counts the block's tiles.
+
+    place    of the consumer's first token, on a line where tile 0 of the block begins at 0
+    """
+
+    def both(sum_rH, sum_rs):
+        sum_rH[...] = state.total_rH
+        multiply_keys(refs, sizes, group, index, sum_rs)
+        multiply_values(refs, sizes, index - 1, state, sum_rH)
+        plgpu.barrier_arrive(refs.turns.at[1 - group])
+        scores_rs = plgpu.wgmma_accumulator_load(sum_rs, wait_n=1)
+        plgpu.barrier_arrive(refs.k_free.at[lax.rem(index, sizes.stages)])
+        seen_rs = seen(sizes, place - index * sizes.tile) if masked else None
+        keep_r, new = weigh(sizes, scores_rs, seen_rs, state)
+        return sum_rH[...], keep_r, new
+
+    await_turn(refs, sizes, group, index)
+    sums = plgpu.ACC((ROWS, sizes.H), jnp.float32), plgpu.ACC((ROWS, sizes.tile), jnp.float32)
+    total_rH, keep_r, state = pl.run_scoped(both, *sums)
+    plgpu.barrier_arrive(refs.v_free.at[lax.rem(index - 1, sizes.stages)])
+    total_rH *= lax.broadcast_in_dim(keep_r, total_rH.shape, [0])
+    # Rounded not before the product that reads the old weights is done: these may take their registers.
+    weights_rs = state.weights_rs.astype(refs.v_PKCH.dtype)
+    plgpu.barrier_wait(refs.v_here.at[lax.rem(index, sizes.stages)])
+    return state._replace(total_rH=total_rH, weights_rs=weights_rs)
+
+
+def add_last(refs: Refs, sizes: Sizes, at: Tiles, group: jax.Array, done: jax.Array, state: Running) -> Running:
+    """Add the item's last tile of positions."""
+    index = done + at.count - 1
     slot = lax.rem(index, sizes.stages)
-    early = clear(refs, sizes, see, group, index) if masked else False
-    plgpu.barrier_wait(refs.k_here.at[slot])
+    end = at.end - (at.count - 1) * sizes.tile
+    pl.when((group == 0) & (end < sizes.tile))(lambda: clear(refs.v_tiles.at[slot], 0, end))
 
-    def score(sum_rs):
-        plgpu.wgmma(sum_rs, refs.q_tiles.at[group], refs.k_tiles.at[slot].transpose((1, 0)))
-        take_turn(refs)
-        return sum_rs[...]
+    def add(sum_rH):
+        sum_rH[...] = state.total_rH
+        multiply_values(refs, sizes, index, state, sum_rH)
+        plgpu.barrier_arrive(refs.turns.at[1 - group])
+        return sum_rH[...]
 
-    scores_rs = pl.run_scoped(score, plgpu.ACC((ROWS, s), jnp.float32))
-    plgpu.barrier_arrive(refs.k_free.at[slot])
+    plgpu.barrier_wait(refs.turns.at[group])
+    total_rH = pl.run_scoped(add, plgpu.ACC((ROWS, sizes.H), jnp.float32))
+    plgpu.barrier_arrive(refs.v_free.at[slot])
+    return state._replace(total_rH=total_rH)
+
+
+def await_turn(refs: Refs, sizes: Sizes, group: jax.Array, index: jax.Array) -> None:
+    """The keys are there, and the other consumer has given its products to the tensor cores."""
+    plgpu.barrier_wait(refs.k_here.at[lax.rem(index, sizes.stages)])
+    plgpu.barrier_wait(refs.turns.at[group])
+
+
+def multiply_keys(refs: Refs, sizes: Sizes, group: jax.Array, index: jax.Array, sum_rs: jax.Array) -> None:
+    """Begin the scores of tile `index`."""
+    slot = lax.rem(index, sizes.stages)
+    group = jnp.where(index < 0, 0, group)  # never; else a loop keeps H / 16 addresses of queries in registers
+    plgpu.wgmma(sum_rs, refs.q_tiles.at[group], refs.k_tiles.at[slot].transpose((1, 0)))
+
+
+def multiply_values(refs: Refs, sizes: Sizes, index: jax.Array, state: Running, sum_rH: jax.Array) -> None:
+    """Begin to add the values of tile `index`."""
+    plgpu.wgmma(sum_rH, state.weights_rs, refs.v_tiles.at[lax.rem(index, sizes.stages)])
+
+
+def weigh(
+    sizes: Sizes, scores_rs: jax.Array, seen_rs: jax.Array | None, state: Running
+) -> tuple[jax.Array, Running]:
+    """What is left of the total so far, and the softmax with one tile more, its weights in float32."""
     factor = sizes.scale * LOG2_E
     if sizes.soft_cap is not None:
         factor = sizes.soft_cap * LOG2_E
         scores_rs = tanh(scores_rs * (sizes.scale / sizes.soft_cap))
-    if masked:
-        scores_rs = jnp.where(seen(sizes, see, index), scores_rs, NOTHING)
+    if seen_rs is not None:
+        scores_rs = jnp.where(seen_rs, scores_rs, NOTHING)
     top_r = jnp.maximum(state.top_r, scores_rs.max(axis=1) * factor)
     keep_r = jnp.exp2(state.top_r - top_r)
     # Below a real top, exp2 makes exactly 0 of what is unseen; where nothing was seen yet, below 0.
-    level_r = jnp.where(top_r > NOTHING_YET, top_r, 0.0) if masked else top_r
+    level_r = top_r if seen_rs is None else jnp.where(top_r > NOTHING_YET, top_r, 0.0)
     weights_rs = jnp.exp2(scores_rs * factor - lax.broadcast_in_dim(level_r, scores_rs.shape, [0]))
-    total_rH = state.total_rH * lax.broadcast_in_dim(keep_r, state.total_rH.shape, [0])
     mass_r = state.mass_r * keep_r + weights_rs.sum(axis=1)
-    weights_rs = weights_rs.astype(refs.v_PKCH.dtype)
-    plgpu.barrier_arrive(refs.turns)
-    if masked:
-        pl.when(jnp.logical_not(early))(lambda: plgpu.barrier_wait(refs.v_here.at[slot]))
-    else:
-        plgpu.barrier_wait(refs.v_here.at[slot])
-    plgpu.barrier_wait(refs.turns)
-
-    def add(sum_rH):
-        sum_rH[...] = total_rH
-        plgpu.wgmma(sum_rH, weights_rs, refs.v_tiles.at[slot])
-        return sum_rH[...]
-
-    total_rH = pl.run_scoped(add, plgpu.ACC((ROWS, H), jnp.float32))
-    plgpu.barrier_arrive(refs.v_free.at[slot])
-    return Running(total_rH, top_r, mass_r)
+    return keep_r, Running(state.total_rH, top_r, mass_r, weights_rs)
 
 
 def tanh(x: jax.Array) -> jax.Array:
@@ -207,35 +256,29 @@ def tanh(x: jax.Array) -> jax.Array:
     return 1.0 - 2.0 * (root * root)
 
 
-def seen(sizes: Sizes, see: See, index: jax.Array) -> jax.Array:
-    """[64, s]: which positions of a tile each row sees. Rows are heads times tokens, tokens last."""
+def seen(sizes: Sizes, place: jax.Array) -> jax.Array:
+    """[64, s]: which positions of a tile each row sees. Rows are heads times tokens, tokens last.
+
+    place    of the consumer's first token, counted from the tile's first position
+    """
     shape = (ROWS, sizes.tile)
     row_rs = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     place_rs = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    token_rs = row_rs & (sizes.own_tokens - 1)
-    back_rs = (see.place - index * sizes.tile) + token_rs - place_rs  # from the token to the position
-    return back_rs >= 0 if sizes.window is None else (back_rs >= 0) & (back_rs < sizes.window)
+    back_rs = place + (row_rs & (sizes.own_tokens - 1)) - place_rs  # from the token to the position
+    if sizes.window is None:
+        return back_rs >= 0
+    return back_rs.astype(jnp.uint32) < jnp.uint32(sizes.window)  # negative ones are the largest
 
 
-def clear(refs: Refs, sizes: Sizes, see: See, group: jax.Array, index: jax.Array) -> jax.Array:
-    """Set the values of a tile that nobody sees to 0, and tell whether it had any and they were waited for."""
-    s, H = sizes.tile, sizes.H
-    width = 64 if H % 64 == 0 else H
-    slot = lax.rem(index, sizes.stages)
-    low = jnp.int32(0) if sizes.window is None else see.begin - index * s
-    high = see.end - index * s
-    mine = (group == 0) & ((low > 0) | (high < s))
-
-    @pl.when(mine)
-    def _():
-        plgpu.barrier_wait(refs.v_here.at[slot])
-        for row in range(0, s, ROWS):
-            place_rh = row + plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
-            seen_rh = (place_rh >= low) & (place_rh < high)
-            for column in range(0, H, width):
-                piece = refs.v_tiles.at[slot, pl.ds(row, ROWS), pl.ds(column, width)]
-                v_rh = load(piece, plgpu.Layout.WGMMA)
-                piece[...] = jnp.where(seen_rh, v_rh, jnp.zeros_like(v_rh))
-        plgpu.commit_smem()
-
-    return mine
+def clear(values_sH: jax.Array, low: int | jax.Array, high: int | jax.Array) -> None:
+    """Set all but the positions low..high - 1 to 0, a few registers at a time."""
+    s, H = values_sH.shape
+    width = box_bytes(2 * H) // 2
+    for row in range(0, s, ROWS):
+        place_rh = row + plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
+        seen_rh = (place_rh >= low) & (place_rh < high)
+        for column in range(0, H, width):
+            piece = values_sH.at[pl.ds(row, ROWS), pl.ds(column, width)]
+            v_rh = load(piece, plgpu.Layout.WGMMA)
+            piece[...] = jnp.where(seen_rh, v_rh, jnp.zeros_like(v_rh))
+    plgpu.commit_smem()

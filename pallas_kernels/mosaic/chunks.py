@@ -5,8 +5,8 @@ consumers (`chunk_softmax`) of 64 rows each, which take turns on the tensor core
 does its softmax.
 
     producer     K0 V0 K1 V1 ..    into a ring of stages, each tile as soon as both consumers left its place
-    consumer 0   QK0 . softmax . PV0 QK1 . softmax . PV1 ..
-    consumer 1         QK0 . softmax . PV0 QK1 . softmax ..
+    consumer 0   QK0 softmax QK1 PV0 softmax QK2 PV1 ..
+    consumer 1       QK0 softmax QK1 PV0 softmax QK2 PV1 ..
 
 The rows of a tile are `heads` query heads of one kv head times 128 // heads tokens, so short rows fill tiles and
 keys are read once for all those heads. Queries are read where they are, and outputs written where they belong:

@@ -89,7 +89,7 @@ def test_no_two_accesses_race():
     check(draw(6, [(50, 20), (0, 90)]), races=True, config=Config(64, 2, 2), window=40)
 
 
-@pytest.mark.parametrize("barrier", [None, "k_here", "v_here", "q_here", "k_free", "v_free", "q_free", "turns"])
+@pytest.mark.parametrize("barrier", [None, "k_here", "v_free", "q_free", "turns"])
 def test_a_wait_that_is_left_out_is_noticed(monkeypatch, barrier):
     """By a race, a phase that nobody saw, or a wrong result: the tests above would fail."""
     wait, make, made = chunks.plgpu.barrier_wait, chunks.Refs, []
