@@ -11,9 +11,11 @@ one item, a stretch of one row's tiles, to the next without letting the ring run
 `merge` then joins the items of a row. There is one consumer, not two that take turns: another program on the same
 multiprocessor fills its pauses as well, needs no merging in shared memory and no even number of stages.
 
-Table entries past a row's end are not followed: block 0 is read in their place, and masked.
-Cost: keys and values once; for each item and kv head (H + 2) x g float32, written and read back. A tile costs the
-consumer about a microsecond, in which two programs want twice the bytes that a multiprocessor can get.
+Table entries past a row's end are not followed: block 0 is read in their place, and masked. A pool may have any
+number of elements: a copy names its block and head by a number of their own, which the hardware multiplies out.
+Cost: keys and values once; for each item and kv head (H + 2) x g float32, written and read back. Compiled ahead of
+time for an H200 it takes 64 to 147 registers, 75 to 184 with 8-bit pools, and spills none. Up to 128 registers and
+113 KiB two programs share a multiprocessor, and one can wait for memory while the other computes.
 Source: FlashDecoding; FlashMLA's and Stream-K's even shares.
 """
 
@@ -120,7 +122,7 @@ def attend(
     config = config or rule(target, Shape(N // K, H, C, q_BNH.dtype.name, pool_dtype.name))
     dtype_of_products = jnp.dtype(jnp.bfloat16) if isinstance(k, Scaled) else q_BNH.dtype
     sizes = Sizes(K, N // K, H, C, M, config.stages, dtype_of_products, pool_dtype, scale, window, soft_cap)
-    most_tiles = -(-M * C // TILE)
+    most_tiles = -(-min(M * C, window + TILE if window else M * C) // TILE)
     programs = min(max(1, config.resident * target.cores // K), B * most_tiles)
     work = deal(
         lengths_B.astype(jnp.int32), window=window, programs=programs, most_tiles=most_tiles, fixed=config.fixed

@@ -9,8 +9,8 @@ heads come first again on the way out. Several items are loaded at a time. Where
 may have hundreds of items, four warpgroups take every fourth of those loads and the first one merges the four.
 Tops are logarithms to base 2.
 
-Cost: each item's H x g float32 once, and H x G for each row; dead items are not read. One dependent load after the
-other costs most, some 0.7 microseconds each: one for up to 4 items a row, or for each 64 where rows are few.
+Cost: each item's H x g float32 once, and H x G for each row; dead items are not read. What takes time is one load
+that waits for another: items are loaded four at a time, or 64 where rows are few.
 """
 
 import functools
