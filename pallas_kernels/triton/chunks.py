@@ -33,7 +33,8 @@ from pallas_kernels.pools import Pool, Scaled, geometry
 from pallas_kernels.rows import Rows
 from pallas_kernels.target import H200, Target
 from pallas_kernels.triton import tiles
-from pallas_kernels.triton.tiles import LOG2_E, Form, Running, unserved
+from pallas_kernels.triton.form import LOG2_E, Form, form_of, unserved
+from pallas_kernels.triton.tiles import Running
 
 __all__ = ["Config", "attend", "rule", "unserved"]
 
@@ -65,7 +66,7 @@ def rule(target: Target, q_TNH: jax.Array, k: Pool, *, plain: bool) -> Config:
     scaled = isinstance(k, Scaled)
     match target.arch // 10:
         case 10:
-            short = H <= 64 if scaled else H == 96 and not plain
+            short = H <= 64 if scaled else H == 96
         case 9:
             short = H >= 128 and scaled
         case _:  # 8 and 12, whose tensor cores take operands from registers alone
@@ -97,9 +98,7 @@ def attend(
     T, N, H = q_TNH.shape
     K = geometry(k)[1]
     config = config or rule(target, q_TNH, k, plain=window is None and soft_cap is None)
-    form = tiles.form_of(
-        q_TNH, k, rows=config.rows, tile=config.tile, scale=scale, window=window, soft_cap=soft_cap
-    )
+    form = form_of(q_TNH, k, rows=config.rows, tile=config.tile, scale=scale, window=window, soft_cap=soft_cap)
     work = list_work(rows, T, config.rows // form.group)
     operands = (q_TNH, k, v, rows, work, jnp.reshape(jnp.asarray(base, jnp.int32), (1,)), sinks_N)
     return tuple(

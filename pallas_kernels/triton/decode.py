@@ -28,8 +28,8 @@ from jax.experimental.pallas import triton as pl_triton
 from pallas_kernels.pools import Pool, geometry
 from pallas_kernels.target import H200, Target
 from pallas_kernels.triton import tiles
+from pallas_kernels.triton.form import MIN_DOT, Form, form_of, unserved
 from pallas_kernels.triton.merge import merge
-from pallas_kernels.triton.tiles import MIN_DOT, Form, unserved
 
 __all__ = ["Config", "attend", "rule", "unserved"]
 
@@ -78,7 +78,7 @@ def attend(
     K = geometry(k)[1]
     config = config or rule(target, q_BNH, k, table_BM.shape[1])
     rows = max(MIN_DOT, pl.next_power_of_2(N // K))
-    form = tiles.form_of(q_BNH, k, rows=rows, tile=config.tile, scale=scale, window=window, soft_cap=soft_cap)
+    form = form_of(q_BNH, k, rows=rows, tile=config.tile, scale=scale, window=window, soft_cap=soft_cap)
     parts = (config.splits, B, N)
     totals, tops, masses = pl.pallas_call(
         functools.partial(one_split, form=form, splits=config.splits),

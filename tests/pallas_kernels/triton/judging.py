@@ -33,7 +33,7 @@ from pallas_kernels.pools import Scaled
 from pallas_kernels.rows import Rows
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import Target
-from pallas_kernels.triton import chunks, decode, tiles
+from pallas_kernels.triton import chunks, decode, form
 S = jax.ShapeDtypeStruct
 target = Target("cuda", 80, 108, "NVIDIA A100-SXM4-80GB")
 gpu = contextlib.nullcontext()
@@ -46,10 +46,10 @@ odd = itertools.cycle([
     ("bfloat16", "bfloat16", 64, None, None), ("float16", "float16", 16, 40, None),
     ("bfloat16", "int8", 64, 40, 30.0), ("bfloat16", "float8_e4m3fn", 128, None, 50.0),
 ])
-for H, G, (dtype, pool_dtype, C, window, soft_cap) in zip(tiles.HEAD_WIDTHS, (4, 1, 7, 20, 8, 2), odd):
+for H, G, (dtype, pool_dtype, C, window, soft_cap) in zip(form.HEAD_WIDTHS, (4, 1, 7, 20, 8, 2), odd):
     assert KERNEL.unserved(target, Shape(G, H, C, dtype, pool_dtype)) is None
     k = v = S((P, K, C, H), pool_dtype)
-    if pool_dtype in tiles.EIGHT_BITS:
+    if pool_dtype in form.EIGHT_BITS:
         scales_PKC = S((P, K, C), "float32")
         k, v = Scaled(k, scales_PKC), Scaled(S((P, K, H, C), pool_dtype), scales_PKC)
     meaning = {"scale": 0.1, "window": window, "soft_cap": soft_cap, "target": target}
