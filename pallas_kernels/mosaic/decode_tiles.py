@@ -180,9 +180,9 @@ def widened(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def add_values(refs: Refs, sizes: Sizes, slot: jax.Array, weights_sg: jax.Array, seen: Seen) -> list[jax.Array]:
     """The weighted values of a tile, float32 [64, g] for each part of the head width."""
-    weights_sg_ref = refs.weights_gs.transpose((1, 0))
     if sizes.scaled:
         return scaled_values(refs, sizes, slot, weights_sg, seen)
+    weights_sg_ref = refs.weights_gs.transpose((1, 0))
     weights_sg_ref[...] = plgpu.layout_cast(weights_sg.astype(sizes.dtype), L.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     plgpu.barrier_wait(refs.v_here.at[slot])
