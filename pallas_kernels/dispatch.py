@@ -82,7 +82,7 @@ KERNELS: dict[Part, tuple[tuple[str, Kernel], ...]] = {
 
 def attention(q_TNH: jax.Array, k: Pool, v: Pool, rows: Rows, **options) -> jax.Array:
     """`attention_with_lse` without the masses, in q's dtype."""
-    return attention_with_lse(q_TNH, k, v, rows, **options)[0].astype(q_TNH.dtype)
+    return attention_with_lse(q_TNH, k, v, rows, dtype=q_TNH.dtype, **options)[0]
 
 
 def attention_with_lse(
@@ -99,6 +99,7 @@ def attention_with_lse(
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
     target: Target = CPU,
+    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of each token over its row's blocks, padded tokens giving 0; equals `reference.attend`.
 
@@ -107,7 +108,8 @@ def attention_with_lse(
     soft_cap    scores become soft_cap * tanh(score / soft_cap)
     sinks_N     a logit of each query head that joins the mass of its softmax and adds no value
     one_token   static: T == B, and row b has token b or none
-    Returns outputs [T, N, H] and the log of each softmax's mass [T, N], by which parts can be merged; float32.
+    dtype       of the outputs; all is summed in float32
+    Returns outputs [T, N, H] and the log of each softmax's mass, float32 [T, N], by which parts can be merged.
     Raises ValueError, while tracing, when N is not a multiple of K, head widths differ, or blocks do not fit the
     tiles of the invariant mode.
     """
@@ -115,12 +117,14 @@ def attention_with_lse(
     rows = Rows(*(jnp.asarray(part, jnp.int32) for part in rows))
     shared = {"base": base, "scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
     tokens = q_TNH.shape[0]
-    serve = [_implementation(part, target, shape, tokens) for part in parts(numerics, one_token)]
+    serve = [_implementation(part, target, shape, tokens, dtype) for part in parts(numerics, one_token)]
     if numerics == "invariant":
-        return serve[0](q_TNH, k, v, rows, **shared)
-    if one_token:
-        return ragged.single(serve[0], q_TNH, k, v, rows, **shared)
-    return ragged.mixed(*serve, q_TNH, k, v, rows, **shared)
+        o_TNH, lse_TN = serve[0](q_TNH, k, v, rows, **shared)
+    elif one_token:
+        o_TNH, lse_TN = ragged.single(serve[0], q_TNH, k, v, rows, **shared)
+    else:
+        o_TNH, lse_TN = ragged.mixed(*serve, q_TNH, k, v, rows, **shared)
+    return o_TNH.astype(dtype), lse_TN
 
 
 def parts(numerics: Numerics, one_token: bool) -> tuple[Part, ...]:
@@ -152,21 +156,25 @@ def shape_of(q_TNH: jax.Array, k: Pool, v: Pool) -> Shape:
     if N % K or pool_H != H or values.shape != turned or isinstance(k, Scaled) != isinstance(v, Scaled):
         found = f"queries {q_TNH.shape}, keys {keys.shape}, values {values.shape}"
         raise ValueError(f"{found}: expected TNH, PKCH, PKCH, and PKHC for values of 8 bits")
-    return Shape(N // K, H, C, q_TNH.dtype.name, keys.dtype.name)
+    return Shape(N // K, H, C, q_TNH.dtype.name, keys.dtype.name, keys.size)
 
 
 @functools.cache
-def _shared(attend: Attend) -> Attend:
+def _shared(attend: Attend, **fixed: object) -> Attend:
     """A function of its own in the program, one for all layers: else every layer's kernel is compiled by itself."""
-    return jax.jit(attend, static_argnames=("scale", "window", "soft_cap", "target", "config"))
+    static = ("scale", "window", "soft_cap", "target", "config", *fixed)
+    return functools.partial(jax.jit(attend, static_argnames=static), **fixed)
 
 
-def _implementation(part: Part, target: Target, shape: Shape, tokens: int) -> Attend:
+def _implementation(part: Part, target: Target, shape: Shape, tokens: int, dtype: jnp.dtype) -> Attend:
     name = choose(part, target, shape).name
     if name != "xla":
         kernel = dict(KERNELS[part])[name]
         found = tuned.find(target, part, shape, tokens, kernel=name, fields=kernel.Config._fields)
-        return functools.partial(_shared(kernel.attend), target=target, config=found and kernel.Config(**found))
+        # The merge of this one writes any dtype, which spares a launch a layer.
+        own = {"dtype": jnp.dtype(dtype)} if kernel is mosaic_decode else {}
+        attend = _shared(kernel.attend, **own)
+        return functools.partial(attend, target=target, config=found and kernel.Config(**found))
     if part == "ordered":
         return xla_ordered.attend
     module = xla_decode if part == "decode" else xla_chunks

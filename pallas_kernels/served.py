@@ -136,7 +136,8 @@ def kernels(row: Row) -> tuple[Choice, ...]:
     """What the dispatcher says of each part of the row's step."""
     model = MODELS[row.model]
     group = model.heads // model.kv_heads
-    shape = Shape(group, model.head_width, row.block, row.dtype, row.pool or row.dtype)
+    size = row.blocks * model.kv_heads * row.block * model.head_width
+    shape = Shape(group, model.head_width, row.block, row.dtype, row.pool or row.dtype, size)
     return tuple(choose(part, TARGETS[row.target], shape) for part in parts(row.numerics, not row.rows))
 
 

@@ -11,3 +11,4 @@ class Shape(NamedTuple):
     block: int  # positions
     dtype: str  # of the queries
     pool_dtype: str
+    pool_size: int = 0  # numbers of all keys

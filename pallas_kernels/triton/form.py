@@ -53,19 +53,18 @@ def unserved(target: Target, shape: Shape) -> str | None:
         return f"multiplies 16-bit floats by the same or by 8 bits, not {shape.dtype} by {shape.pool_dtype}"
     if shape.pool_dtype in EIGHT_BITS and shape.block < 64:
         return f"8-bit pools have blocks of at least 64 positions, not {shape.block}"
+    # Pallas counts bytes to choose between offsets of 32 and of 64 bits, and the offsets count numbers.
+    if shape.pool_dtype in EIGHT_BITS and 2**31 < shape.pool_size <= 2**32:
+        return f"cannot address {shape.pool_size} numbers of 8 bits, only up to 2^31, or more than 2^32"
     return None
 
 
 def form_of(
     q: jax.Array, k: Pool, *, rows: int, tile: int, scale: float, window: int | None, soft_cap: float | None
 ) -> Form:
-    """Of queries [.., N, H] and a pool of keys. Raises ValueError for a pool that Triton cannot address."""
+    """Of queries [.., N, H] and a pool of keys."""
     N, H = q.shape[-2:]
     _, K, C, _ = geometry(k)
-    numbers = k.numbers if isinstance(k, Scaled) else k
-    # Pallas counts bytes to choose between offsets of 32 and of 64 bits, and the offsets count numbers.
-    if numbers.dtype.itemsize == 1 and 2**31 < numbers.size <= 2**32:
-        raise ValueError(f"8-bit pool: got {numbers.size} numbers; expected at most 2^31, or more than 2^32")
     assert tile <= C or not isinstance(k, Scaled), (tile, C)
     unit, squeeze = (scale, None) if soft_cap is None else (soft_cap, scale / soft_cap)
     # Triton deals products that are wider than high to its warps by columns, others by rows, of which 16 feed one.

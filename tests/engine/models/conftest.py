@@ -96,7 +96,8 @@ class Lane:
             slots_T[span] = self.table_BM[row][positions_T[span] // BLOCK]
         rows = Rows(firsts.astype(np.int32), np.array(starts, np.int32), counts, self.table_BM[: len(pieces)])
         points_B = np.arange(num_tokens) if everywhere else np.maximum(firsts + counts - 1, 0)
-        one_token = num_tokens == len(pieces) and counts.max() <= 1
+        in_place = (firsts == np.arange(len(pieces)))[counts > 0]  # row b has token b
+        one_token = num_tokens == len(pieces) and counts.max() <= 1 and in_place.all()
         arrays = (tokens_T, positions_T, rows, slots_T, points_B.astype(np.int32))
         logits_BV, self.pools = self.program(self.weights, self.pools, *arrays, one_token=bool(one_token))
         return np.asarray(logits_BV)

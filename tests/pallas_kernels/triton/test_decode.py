@@ -113,6 +113,7 @@ def test_there_are_as_many_programs_as_cores_can_use():
         ({"dtype": "float32"}, "float32"),
         ({"pool_dtype": "uint16"}, "uint16"),
         ({"pool_dtype": "int8", "block": 32}, "32"),
+        ({"pool_dtype": "int8", "pool_size": 3 << 30}, "3221225472"),
     ],
 )
 def test_what_the_kernel_cannot_serve_is_named(odd, word):
