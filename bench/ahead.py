@@ -80,10 +80,14 @@ def pinned(jax_version: str) -> list[str]:
 
 
 def compile_all(
-    python: str, names: Sequence[str], told: Callable[[Row], None] = lambda row: None, timeout_s: float = 1800
+    python: str,
+    names: Sequence[str],
+    told: Callable[[Row], None] = lambda row: None,
+    timeout_s: float = 1800,
+    workers: int = WORKERS,
 ) -> dict[str, Row]:
     """The figures of each name, compiled by processes of `python`; one that ended its process holds an `error`."""
-    shares = [names[worker::WORKERS] for worker in range(WORKERS)]
+    shares = [names[worker::workers] for worker in range(workers)]
 
     def work(share: Sequence[str]) -> list[Row]:
         rows = []
@@ -92,7 +96,7 @@ def compile_all(
             rows.append(row)
         return rows
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         found = {row.pop("name"): row for rows in list(pool.map(work, shares)) for row in rows}
     return {name: found[name] for name in names}
 

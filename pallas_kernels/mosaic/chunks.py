@@ -44,6 +44,7 @@ from pallas_kernels.rows import Rows
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import H200, Target
 
+OLD = jax.__version_info__ < (0, 11)
 HEAD_WIDTHS = (64, 80, 96, 112, 128, 192, 256)
 SHARED_BYTES = 232448 - 4096  # of a Hopper multiprocessor, less what barriers and reductions may take
 
@@ -78,7 +79,9 @@ def rule(shape: Shape, tokens: int, rows: int, ordered: bool = False) -> Config:
     Long rows fill tiles of any heads, so the query heads are dealt without rest; short ones want all in a tile.
     """
     H = shape.head_width
-    tile = 64 if ordered or H > 128 or (shape.block % 128 and 128 % shape.block) else 128
+    narrow = ordered or H > 128 or (shape.block % 128 and 128 % shape.block)
+    narrow = narrow or (OLD and shape.block < 64)  # jax 0.10 spills 8 bytes when many copies make a tile
+    tile = 64 if narrow else 128
     free_bytes = SHARED_BYTES - 2 * ROWS * 2 * (H + out_width(H))  # less queries and outputs
     stages = min(4, free_bytes // (4 * tile * H))
     whole = next(heads for heads in (16, 8, 4, 2, 1) if shape.group % heads == 0)

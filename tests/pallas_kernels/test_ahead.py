@@ -3,6 +3,7 @@
 The environments take minutes to make once (second_python.py), the gate about 200 s on two cores.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ import pytest
 
 from bench import ahead, ahead_step
 from pallas_kernels import served
-from tests.pallas_kernels import second_python
+from tests.pallas_kernels import early, second_python
 
 NAMES = [row.name for row in served.SERVED] + list(ahead.STEPS)
 FOLDER = ahead.ROOT / "tests/pallas_kernels"
+FOLDERS = ("mosaic", "triton", "xla")
 TPU_SCRIPT = """
 import sys, jax
 from jax.experimental import topologies
@@ -36,17 +38,29 @@ def run(python, *words, **environment):
     return subprocess.run(command, env=environment, cwd=ahead.ROOT, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.parametrize("folder", ["mosaic", "triton", "xla"])
+def compile_rows():
+    """Everything that is served, compiled ahead of time."""
+    return ahead.compile_all(second_python.environment(*second_python.wanted()), NAMES, workers=1)
+
+
+def run_folder(folder):
+    """The tests of a folder, by the second Python."""
+    if second_python.find() is None:
+        pytest.skip("no Python of 3.12 to 3.14 runs here")
+    python = second_python.environment(second_python.find(), second_python.GPU)
+    return run(python, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(FOLDER / folder))
+
+
+JOBS = {folder: functools.partial(run_folder, folder) for folder in FOLDERS} | {"compiled": compile_rows}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_the_kernels_pass_their_tests_in_a_second_python_too(folder, request):
     """Costs minutes. Mosaic is interpreted only there; the others show that a newer jax changes nothing."""
     if folder == "mosaic":
         reason = "no Python of 3.12 to 3.14 runs here" if second_python.find() is None else "no environment for it"
         request.config.stash[second_python.SUMMARY] = f"Mosaic numerics NOT checked: {reason}"
-    if second_python.find() is None:
-        pytest.skip("no Python of 3.12 to 3.14 runs here")
-    python = second_python.environment(second_python.find(), second_python.GPU)
-    words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(FOLDER / folder)]
-    done = run(python, *words)
+    done = early.result(request.config, folder, JOBS[folder])
     said = done.stdout.strip().splitlines() or [done.stderr]
     print(said[-1])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -63,10 +77,9 @@ def kind():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Everything that is served, compiled ahead of time; one build for all tests."""
-    python = second_python.environment(*second_python.wanted())
-    return ahead.compile_all(python, NAMES)
+def compiled(request):
+    """One build for all tests."""
+    return early.result(request.config, "compiled", compile_rows)
 
 
 def test_every_served_row_compiles_as_recorded(compiled, kind):
