@@ -59,6 +59,7 @@ def expect_close(found, drawn, numbers, limit, **options):
         ([150, 64], {"N": 6, "K": 2, "H": 80, "C": 16}, {"window": 70, "sinks": True}),
         ([200, 0, 129], {"N": 5, "K": 1, "H": 96, "C": 128, "dtype": "float16"}, {"window": 64}),
         ([130], {"N": 16, "K": 1, "H": 256, "C": 64}, {"sinks": True, "soft_cap": 5.0}),
+        ([70, 3], {"N": 14, "K": 2, "H": 64, "C": 64}, {}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
