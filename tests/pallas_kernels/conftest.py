@@ -2,14 +2,15 @@
 
 import os
 import sys
+from pathlib import Path
 
 from tests.pallas_kernels import early, second_python
 
-MODULE = "test_ahead.py"
+MODULE = Path(__file__).with_name("test_ahead.py")
 
 
 def pytest_collection_finish(session):
-    wanted = [item for item in session.items if item.path.name == MODULE]
+    wanted = [item for item in session.items if item.path == MODULE]
     if (
         os.environ.get("CI") == "true"
         and sys.platform == "linux"
