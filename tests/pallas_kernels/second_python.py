@@ -61,7 +61,7 @@ def candidates() -> Iterator[str]:
     """Everything that may be a Python, the likeliest first."""
     yield sys.executable
     yield from filter(None, map(shutil.which, NAMES))
-    for place in (f"{Path(sys.base_prefix).parent}/*/bin/python", *PLACES):  # first what is beside the one that runs
+    for place in (f"{Path(sys.base_prefix).parent}/*/bin/python", *PLACES):  # first what is beside the running one
         yield from sorted(glob.glob(os.path.expanduser(place)))
 
 
