@@ -1,12 +1,23 @@
 """What takes minutes in a second Python is begun early; the summary says whether Mosaic's numbers were checked."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+import jax
+import pytest
+
 from tests.pallas_kernels import early, second_python
 
 MODULE = Path(__file__).with_name("test_ahead.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_others_are_let_go():
+    """Every compiled program takes a few mappings of memory, of which a process may have 65,530."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_finish(session):
