@@ -1,6 +1,9 @@
-"""Attention on a CPU: the work list beside gathering everything, in interleaved pairs.
+"""Attention on a CPU: the work list beside gathering everything, in interleaved pairs of runs.
 
-    gather everything | work list | gather everything | work list | ...  ->  median of the neighbours' ratios
+    gather, gather, .. | list, list, .. | gather, .. | list, .. | ...  ->  median of the neighbours' ratios
+
+A run calls one of them again and again, as steps follow each other in serving: a call right after the other's pays
+for what that left in caches and allocator.
 
 Both decode one token a row over scattered blocks of a pool. Gathering everything takes every block of every row's
 table and one softmax over all of it, whatever the lengths are: the plain way to write paged attention in XLA. Full
@@ -25,6 +28,7 @@ N, K, H, C = 32, 8, 128, 16
 COLUMNS = 128  # 2,048 positions
 SCENES = {"full": [2048] * 8, "ragged": [2048, 100, 50, 300, 17, 64, 500, 1]}
 AIMS = {"full": 3, "ragged": 10}
+CALLS = 8  # of a run
 
 
 @jax.jit
@@ -64,20 +68,21 @@ def scene(lengths: list[int], dtype: str) -> tuple[jax.Array, Pool, Pool, Rows]:
 
 
 def pairs(first: Callable[[], object], second: Callable[[], object], count: int) -> dict[str, float]:
-    """Both in turn, `count` times; the median of first over second."""
-    both = []
-    for _ in range(count):
-        times = []
-        for run in (first, second):
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-        both.append(times)
+    """Runs of both in turn, `count` times; the median of the seconds of a call of the first over the second's."""
+    both = [[mean_s(call) for call in (first, second)] for _ in range(count)]
     return {
         "gather ms": 1e3 * median(times[0] for times in both),
         "list ms": 1e3 * median(times[1] for times in both),
         "ratio": median(times[0] / times[1] for times in both),
     }
+
+
+def mean_s(call: Callable[[], object]) -> float:
+    """Seconds of one of CALLS calls."""
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - began) / CALLS
 
 
 def main(arguments: list[str]) -> int:

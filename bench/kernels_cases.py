@@ -14,9 +14,10 @@ cuDNN's published products a second (over 788 TFLOP/s, what a large product reac
 
 from typing import NamedTuple
 
+from pallas_kernels.pools import SCALE_BYTES
+
 KIB = 1024
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
-SCALE_BYTES = 4
 PEAK_FLOPS = 788e12  # of the device that the goals of prefill were written for
 COPY_BYTES = 4.3e12
 CHOSEN = "chosen"  # the implementation that the dispatcher takes for a case

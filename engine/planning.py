@@ -225,10 +225,10 @@ def estimate(config: ModelConfig, spec: MeshSpec, device: Device, choice: Choice
 
 def _step(decoder: Decoder, lane: Lane, choice: Choice, device: Device, bucket: Bucket) -> Step:
     held = pool_dtype(choice.dtype, device.platform, choice.sizes.kv_dtype)
-    group = decoder.heads // lane.tp // (decoder.kv_heads // lane.kv_ways)
-    heads, C = decoder.kv_heads // lane.kv_ways, choice.sizes.block_size
-    pool_size = decoder.num_layers * choice.sizes.num_blocks * heads * C * decoder.head_width
-    shape = Shape(group, decoder.head_width, C, choice.dtype.name, held.name, pool_size)
+    kv_heads, block = decoder.kv_heads // lane.kv_ways, choice.sizes.block_size
+    pool_size = decoder.num_layers * choice.sizes.num_blocks * kv_heads * block * decoder.head_width
+    group = decoder.heads // lane.tp // kv_heads
+    shape = Shape(group, decoder.head_width, block, choice.dtype.name, held.name, pool_size)
     serve = tuple(choose(part, device.target, shape) for part in parts(choice.numerics, bucket.one_token))
     return Step(bucket, serve, step_collectives(decoder, lane, bucket.tokens, bucket.rows, bucket.full))
 

@@ -1,4 +1,4 @@
-"""Sums whose order depends on nothing but the length of the axis.
+"""Numbers that every softmax here shares, and sums whose order depends on nothing but the length of the axis.
 
 XLA's own reduce changes the order of its additions with the shape around the axis (once rows x width
 passes about 4,096 elements), so the same row may get other bits in another batch. A halving tree of
@@ -9,9 +9,15 @@ elementwise additions has one order for one width, whatever else is in the array
 Cost: log2(width) elementwise additions over ever smaller arrays; 2 times the reads of a plain reduce.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
+LOG2_E = math.log2(math.e)  # exponentials are powers of two on a GPU
+LN_2 = math.log(2)
 
 
 def tree_sum(x: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.Array:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+SCALE_BYTES = 4
+
 
 class Scaled(NamedTuple):
     """A pool of 8-bit numbers."""

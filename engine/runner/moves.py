@@ -26,9 +26,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.runner.buckets import ladder
-from engine.runner.state import POOL, SCALE_BYTES
+from engine.runner.state import POOL
 from pallas_kernels.dispatch import platform_of
-from pallas_kernels.pools import Pool, Scaled
+from pallas_kernels.pools import SCALE_BYTES, Pool, Scaled
 
 MOST_SIZES = 4  # two programs each
 MOST_BLOCKS = 64

@@ -22,12 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.core.plan import Load
 from engine.models.config import ModelConfig
 from engine.runner.draws import BLANK, WIDTH, Draws, decode, encode, store
-from pallas_kernels.pools import Pool, Scaled
+from pallas_kernels.pools import SCALE_BYTES, Pool, Scaled
 
 LOAD_ROWS = 8
 MOST_LOADS = 4  # programs that load rows, by length
 SHORTEST_LOAD = 64
-SCALE_BYTES = 4
 
 
 class State(NamedTuple):

@@ -18,7 +18,6 @@ live through the loops, since a few registers more would spill.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -30,10 +29,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic.chunk_items import Item, Refs, Sizes, heads_of, item, out_width, turns_of_block
 from pallas_kernels.mosaic.memory import ROWS, box_bytes, load
 from pallas_kernels.mosaic.tiles import Tiles
+from pallas_kernels.numerics import LOG2_E, NOTHING
 
-NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
 NOTHING_YET = -1e20  # tops below it are of rows that saw nothing
-LOG2_E = math.log2(math.e)
 
 
 class Running(NamedTuple):

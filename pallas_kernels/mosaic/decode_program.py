@@ -9,7 +9,6 @@ tile's blocks one tile ahead, so that the table's latency is hidden. At the end 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.decode_tiles import Refs, Seen, Sizes, add_values, copy_keys, copy_values, scores
 from pallas_kernels.mosaic.memory import ROWS, parts_of
+from pallas_kernels.numerics import LOG2_E, NOTHING
 from pallas_kernels.work import TILE
 
-NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
-LOG2_E = math.log2(math.e)
 L = plgpu.Layout
 
 

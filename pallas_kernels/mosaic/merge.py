@@ -14,7 +14,6 @@ that waits for another: items are loaded four at a time, or 64 where rows are fe
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -24,10 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.memory import ROWS, load, parts_of
+from pallas_kernels.numerics import LN_2, NOTHING
 from pallas_kernels.work import Work
 
-LN_2 = math.log(2)
-NOTHING = -1e30
 FEW = 256  # programs that a device runs at once with room to spare
 L = plgpu.Layout
 OF_HG, OF_G = L.WGMMA, L.WGMMA.reduce(0)

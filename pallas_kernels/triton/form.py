@@ -7,16 +7,15 @@
 Decided from shapes alone, while tracing.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.pools import Pool, Scaled, geometry
 from pallas_kernels.shape import Shape
 from pallas_kernels.target import Target
 
-LOG2_E = math.log2(math.e)
 MIN_DOT = 16  # the shortest axis of a tensor core product
 HEAD_WIDTHS = (32, 64, 80, 96, 128, 256)
 BLOCKS = (16, 32, 64, 128)

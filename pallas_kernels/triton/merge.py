@@ -11,7 +11,6 @@ Source: FlashDecoding.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pl_triton
 
+from pallas_kernels.numerics import LN_2
+
 AT_ONCE = 16
-LN_2 = math.log(2)
 
 
 def merge(

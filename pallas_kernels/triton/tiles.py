@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pl_triton
 
+from pallas_kernels.numerics import NOTHING
 from pallas_kernels.pools import Pool, Scaled
 from pallas_kernels.triton.form import LOG2_E, Form
 
-NOTHING = -1e30  # the score of an unseen position
 LEAST = -1e25  # the top of rows that saw nothing yet: so far above NOTHING that unseen weights are 0
 
 

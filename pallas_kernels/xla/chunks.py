@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import NOTHING
 from pallas_kernels.pools import Pool, geometry, keys_at, values_at
 from pallas_kernels.rows import Rows
-from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
+from pallas_kernels.xla.softmax import cap, finish, product
 
 QUERY_TILE = 64
 TILE = 128  # positions, unless a block is longer

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import NOTHING
 from pallas_kernels.pools import Pool, geometry, keys_at, values_at
-from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
+from pallas_kernels.xla.softmax import cap, finish, product
 
 TILE = 64  # positions, unless a block is longer
 GROUP_BYTES = 1 << 20

@@ -2,7 +2,7 @@
 
     cpu     int8 tokens       one integer product                                    0.4 to 0.8 of the time
             int8, <= 8 rows   each token as three rows of int8 digits, exactly       0.6 to 1
-            all others        a loop over tiles of columns, widened in the cache     int8, int4 0.4 to 1, fp8 to 5
+            all others        a loop over tiles of columns, widened in the cache     0.4 to 1.1, fp8 2 to 13
     others  int8, fp8         XLA widens inside its product, or multiplies in 8 bits no copy of the weights
             int4, <= 32 rows  one product a group, scaled and added afterwards       a byte a weight, and sums
             int4, more rows   a copy of the weights in the dtype of x                two bytes a weight

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.numerics import tree_sum
+from pallas_kernels.numerics import NOTHING, tree_sum
 from pallas_kernels.pools import Pool, Scaled, as_numbers, geometry
 from pallas_kernels.rows import Rows
-from pallas_kernels.xla.softmax import NOTHING, cap, finish, product
+from pallas_kernels.xla.softmax import cap, finish, product
 
 QUERY_TILE = 8
 TILE = 64

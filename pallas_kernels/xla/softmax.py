@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-NOTHING = -1e30  # the score of an unseen position: finite, so that a row that saw nothing yet gives no NaN
-
 
 def cap(scores: jax.Array, soft_cap: float | None) -> jax.Array:
     """Scores bent so that they stay within +-soft_cap."""

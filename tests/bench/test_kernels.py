@@ -1,4 +1,5 @@
 import json
+import secrets
 import sys
 from collections import namedtuple
 from unittest.mock import patch
@@ -374,11 +375,11 @@ def test_the_sanitizers_summary_is_read(tmp_path):
 
 
 def test_an_executable_that_was_written_is_run_and_compared():
-    arguments = (jnp.arange(4.0), jnp.float32(2))
-    data = jax.jit(lambda x_H, y: x_H * y).lower(*arguments).compile().runtime_executable().serialize()
-    row = kernels_loads.compare(data, jnp.arange(4.0) * 2, arguments)
+    arguments, own = (jnp.arange(4.0), jnp.float32(2)), secrets.randbits(16)  # what a cache held cannot be written
+    data = jax.jit(lambda x_H, y: x_H * y + own).lower(*arguments).compile().runtime_executable().serialize()
+    row = kernels_loads.compare(data, jnp.arange(4.0) * 2 + own, arguments)
     assert row == {"loads": "yes", "bytes": len(data), "reason": "equal bits"}
-    assert "off by 6" in kernels_loads.compare(data, jnp.zeros(4), arguments)["reason"]
+    assert "off by 6" in kernels_loads.compare(data, jnp.zeros(4) + own, arguments)["reason"]
     row = kernels_loads.compare(b"nonsense", jnp.zeros(4), arguments)
     assert row["loads"] == "no" and row["reason"]
     assert kernels_loads.target_name("NVIDIA H200") == "h200" and kernels_loads.target_name("NVIDIA H900") is None
