@@ -158,9 +158,19 @@ def texts(key: str) -> Field:
     return Field({key: (bytes,), sizes_key: (bytes,)}, write, read)
 
 
-def group(kind: Callable, *fields: Field, holds: Callable[[object], bool] = lambda value: True) -> Field:
-    """All fields of class `kind`, in their order. What comes must be such that it `holds`."""
-    names = getattr(kind, "_fields", None) or tuple(field.name for field in fields_of(kind))  # type: ignore[arg-type]
+def group(
+    kind: Callable,
+    *fields: Field,
+    holds: Callable[[object], bool] = lambda value: True,
+    without: tuple[str, ...] = (),
+) -> Field:
+    """All fields of class `kind`, in their order. What comes must be such that it `holds`.
+
+    The last ones, those `without`, do not travel: what comes has their defaults.
+    """
+    every = getattr(kind, "_fields", None) or tuple(field.name for field in fields_of(kind))  # type: ignore[arg-type]
+    names = every[: len(every) - len(without)]
+    assert names + tuple(without) == tuple(every), f"{kind}: only its last fields can stay behind"
     assert len(names) == len(fields), f"{kind} has other fields"
     schema: dict[str, tuple[type, ...]] = {}
     for field in fields:

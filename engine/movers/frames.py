@@ -7,6 +7,10 @@
 Little-endian. The prefix has a checksum of its own, so that a damaged length is noticed before anything is read or
 reserved by it. The header is the map of a message; the KV of a `Parts` follows as payload, which is covered by the
 checksums that its header holds. What is not a whole, right frame raises Malformed.
+
+The layout of the prefix is that of every version. The version says which tables the header is read by
+(engine/movers/words.py); two processes speak the highest that both know, so that a cluster can go over to the next
+release one process at a time. A greeting is of version GREETING for ever: there they find it out.
 """
 
 import struct
@@ -17,11 +21,26 @@ from xxhash import xxh3_64_intdigest
 from engine.errors import Malformed
 from engine.observe.plan_bytes import MAX_BYTES
 
-MAGIC, VERSION = b"SRAC", 1
+MAGIC, GREETING = b"SRAC", 1
 LAYOUT = struct.Struct("<4sHHIQQ")
 PREFIX = LAYOUT.size + 4
 MAX_PAYLOAD = 1 << 30
 LOW = (1 << 32) - 1
+
+
+class Versions(NamedTuple):
+    """Those that a process speaks, and all between."""
+
+    newest: int
+    oldest: int
+
+    def agreed(self, other: "Versions") -> int | None:
+        """The highest that both speak."""
+        common = min(self.newest, other.newest)
+        return common if common >= max(self.oldest, other.oldest) else None
+
+
+SPOKEN = Versions(1, 1)
 
 
 class Prefix(NamedTuple):
@@ -33,21 +52,24 @@ class Prefix(NamedTuple):
     header_sum: int
 
 
-def frame(kind: int, header: bytes, payload: int = 0) -> bytes:
+def frame(kind: int, header: bytes, payload: int = 0, version: int = SPOKEN.newest) -> bytes:
     """A frame up to its payload, which has `payload` bytes."""
-    first = LAYOUT.pack(MAGIC, VERSION, kind, len(header), payload, xxh3_64_intdigest(header))
+    first = LAYOUT.pack(MAGIC, version, kind, len(header), payload, xxh3_64_intdigest(header))
     return b"".join((first, _sum(first), header))
 
 
-def read_prefix(data: bytes | memoryview, most_header: int = MAX_BYTES, most_payload: int = MAX_PAYLOAD) -> Prefix:
-    """What the first bytes of a frame say. Raises Malformed."""
-    magic, version, *numbers = LAYOUT.unpack_from(data)
+def read_prefix(
+    data: bytes | memoryview,
+    most_header: int = MAX_BYTES,
+    most_payload: int = MAX_PAYLOAD,
+    version: int = SPOKEN.newest,
+) -> Prefix:
+    """What the first bytes of a frame say, which is to be of `version`. Raises Malformed."""
+    magic, found, *numbers = LAYOUT.unpack_from(data)
     if magic != MAGIC:
         raise Malformed("frame: got other bytes than those every frame begins with")
-    if version != VERSION:
-        raise Malformed(
-            f"frame: got protocol version {version}; expected {VERSION}: both ends need the same release"
-        )
+    if found != version:
+        raise Malformed(f"frame: got protocol version {found}; expected {version}, which both ends agreed on")
     if bytes(data[LAYOUT.size : PREFIX]) != _sum(data[: LAYOUT.size]):
         raise Malformed("frame: got a prefix that came damaged")
     prefix = Prefix(*numbers)

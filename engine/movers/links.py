@@ -25,10 +25,11 @@ from engine.core.handoff import Parts
 from engine.errors import ConfigError, Malformed
 from engine.movers import addresses, parts, words
 from engine.movers.addresses import Address
+from engine.movers.cards import WAYS, Card
 from engine.movers.connection import BATCH, Connection, Patience
 from engine.movers.frames import frame
 from engine.movers.geometry import Geometry
-from engine.movers.greeting import WAYS, Card, Stranger, greet
+from engine.movers.greeting import Stranger, greet
 from engine.movers.outgoing import Outgoing
 from engine.movers.pipe import Pipe, PlainWire, TlsWire
 from engine.movers.sockets import address_of, dial, end, listening

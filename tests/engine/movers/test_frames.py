@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import Malformed
-from engine.movers.frames import MAX_PAYLOAD, PREFIX, VERSION, check_header, frame, read_prefix
+from engine.movers.frames import MAX_PAYLOAD, PREFIX, Versions, check_header, frame, read_prefix
 from engine.observe.plan_bytes import MAX_BYTES
 
 
@@ -49,9 +49,13 @@ def test_a_claim_of_four_gigabytes_is_refused_before_anything_is_read():
     assert MAX_BYTES < 1 << 32
 
 
-def test_another_version_is_named(monkeypatch):
-    monkeypatch.setattr("engine.movers.frames.VERSION", VERSION + 1)
-    other = frame(17, b"")
-    monkeypatch.undo()
-    with pytest.raises(Malformed, match=f"protocol version {VERSION + 1}; expected {VERSION}"):
-        read(other)
+def test_another_version_is_named():
+    with pytest.raises(Malformed, match="protocol version 2; expected 1"):
+        read(frame(17, b"", version=2))
+    assert read_prefix(frame(17, b"", version=2), version=2).kind == 17
+
+
+def test_two_speak_the_highest_version_that_both_know():
+    assert Versions(1, 1).agreed(Versions(2, 1)) == 1 == Versions(2, 1).agreed(Versions(1, 1))
+    assert Versions(3, 2).agreed(Versions(3, 2)) == 3 and Versions(3, 2).agreed(Versions(2, 1)) == 2
+    assert Versions(3, 2).agreed(Versions(1, 1)) is None is Versions(1, 1).agreed(Versions(3, 2))

@@ -22,8 +22,9 @@ from engine.core.handoff import Fetch, Gone, Parts
 from engine.core.membership import Hello
 from engine.errors import ConfigError
 from engine.movers.addresses import parse
-from engine.movers.frames import VERSION, frame
-from engine.movers.greeting import Card, greet, new_secret
+from engine.movers.cards import Card
+from engine.movers.frames import frame
+from engine.movers.greeting import greet, new_secret
 from engine.movers.links import STRANGERS, Limits, Links, Tls
 from engine.movers.parts import KIND, Heads, header_of, sums_by_head
 from engine.movers.sockets import dial
@@ -392,14 +393,12 @@ def test_another_geometry_is_refused_with_a_sentence_on_both_sides(made):
     assert there.get()[0] == "front", "a front has none, and joins with all"
 
 
-def test_another_version_is_refused_with_a_sentence(made, monkeypatch):
+def test_another_version_is_refused_with_a_sentence(made):
     here, there = made("p0"), made("d0")
-    monkeypatch.setattr("engine.movers.frames.VERSION", VERSION + 1)
-    said = frame(1, b"")
-    monkeypatch.undo()
+    said = frame(1, b"", version=2)
     with connected(there) as old:
         old.sendall(said)
-        assert f"protocol version {VERSION + 1}; expected {VERSION}" in refused(there)
+        assert "protocol version 2; expected 1" in refused(there)
     assert here.links.refusals == there.links.refusals.__class__([], 16)
 
 
