@@ -9,6 +9,7 @@ Pure: `now` is an argument; packets are returned. Cost: a session a lane (engine
 """
 
 from collections import OrderedDict
+from itertools import permutations
 from typing import NamedTuple
 
 from engine.core.messages import Meet, ToFront, ToLane
@@ -20,11 +21,12 @@ REMEMBERED = 4096  # names that were given up
 
 
 class Hello(NamedTuple):
-    """Lane to front: I am ready to serve, and other lanes reach me at `address`."""
+    """Lane to front: I am ready to serve; I have `tp` devices, and other lanes reach my processes at `addresses`."""
 
     name: str
     role: Role
-    address: str = ""
+    addresses: tuple[str, ...] = ()
+    tp: int = 1
 
 
 class Welcome(NamedTuple):
@@ -52,7 +54,7 @@ class Members:
         self.sessions: dict[str, Session] = {}
         self._next = first_session
         self._gone: OrderedDict[str, None] = OrderedDict()
-        self._addresses: dict[str, str] = {}
+        self._reached: dict[str, Hello] = {}
 
     def receive(self, now: float, name: str, said: Said) -> list[tuple[str, Answered]]:
         """Take in what lane `name` says; what to answer."""
@@ -64,7 +66,7 @@ class Members:
                 session = self.sessions[name] = Session(self._next, now)
                 self._next += 1
                 self.router.lane_up(name, said.role)
-                self._introduce(name, said.address)
+                self._introduce(said._replace(name=name))
             session.heard_at = now
             return [(name, Welcome(name, session.number))]
         if session is None or session.number != said.session:
@@ -73,16 +75,17 @@ class Members:
             self.router.receive(name, message)  # type: ignore[arg-type]  # what a lane's session carries
         return []
 
-    def _introduce(self, name: str, address: str) -> None:
+    def _introduce(self, new: Hello) -> None:
         """Tell a new lane and the others where they reach each other."""
-        for other, known in self._addresses.items():
-            self.router.outbox += [(name, Meet(other, known)), (other, Meet(name, address))]
-        if address:
-            self._addresses[name] = address
+        pairs = [pair for known in self._reached.values() for pair in permutations((new, known))]
+        for one, other in pairs:
+            self.router.outbox.append((one.name, Meet(other.name, other.addresses, other.tp)))
+        if new.addresses:
+            self._reached[new.name] = new
 
     def lost(self, name: str) -> None:
         """Give a lane up: it was silent, or its connection is gone."""
-        self._addresses.pop(name, None)
+        self._reached.pop(name, None)
         if self.sessions.pop(name, None) is not None:
             self._gone[name] = None
             while len(self._gone) > REMEMBERED:
@@ -117,8 +120,9 @@ class Members:
 class Member:
     """A lane's side, for one life: when it is `fenced` the lane drops everything and makes a new one."""
 
-    def __init__(self, name: str, role: Role, now: float, address: str = ""):
-        self.name, self.role, self.address, self.fenced = name, role, address, False
+    def __init__(self, name: str, role: Role, now: float, addresses: tuple[str, ...] = (), tp: int = 1):
+        self.name, self.fenced = name, False
+        self._hello = Hello(name, role, addresses, tp)
         self.session: Session | None = None
         self._hello_at = now
 
@@ -146,4 +150,4 @@ class Member:
         if now < self._hello_at:
             return []
         self._hello_at = now + 2 * AGAIN_S
-        return [Hello(self.name, self.role, self.address)]
+        return [self._hello]

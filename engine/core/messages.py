@@ -69,10 +69,11 @@ class Fence(NamedTuple):
 
 
 class Meet(NamedTuple):
-    """Lane `lane` can be reached at `address`; it knows as much of you."""
+    """Lane `lane` of `tp` devices can be reached at `addresses`, one a process; it knows as much of you."""
 
     lane: str
-    address: str
+    addresses: tuple[str, ...]
+    tp: int = 1
 
 
 class Started(NamedTuple):

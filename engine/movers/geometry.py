@@ -22,9 +22,9 @@ class Geometry(NamedTuple):
     numerics: str
     layout: str = LAYOUT
 
-    def shape(self, num_blocks: int) -> tuple[int, int, int, int, int]:
-        """K L n C H of the keys of `num_blocks` blocks, and of their values."""
-        return self.kv_heads, self.layers, num_blocks, self.block_size, self.head_width
+    def shape(self, num_blocks: int, heads: int | None = None) -> tuple[int, int, int, int, int]:
+        """K L n C H of the keys of `num_blocks` blocks, and of their values; of all heads, or of so many."""
+        return self.kv_heads if heads is None else heads, self.layers, num_blocks, self.block_size, self.head_width
 
     def numpy_dtype(self) -> np.dtype:
         """Raises ConfigError where numpy does not know it; those beyond numpy's own come with JAX."""

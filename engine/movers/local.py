@@ -15,7 +15,7 @@ that of a join. About 10 us of the caller an array and target device.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import DeviceError
+from engine.movers.parts import Heads
 
 HEADS = PartitionSpec("kv", None, None, None, None)
 Arrays = TypeVar("Arrays", bound=tuple)  # keys_KLnCH, values_KLnCH
@@ -88,14 +89,6 @@ class Carrier:
         return jax.make_array_from_callback(shape, self._sharding, wanted)
 
 
-class HostShard(NamedTuple):
-    """The heads of one shard on the host, from first_head on."""
-
-    first_head: int
-    keys_KLnCH: np.ndarray
-    values_KLnCH: np.ndarray
-
-
 def arrived(staged: Sequence[jax.Array]) -> bool:
     """Whether the arrays are there; never waits. Raises DeviceError when what makes them failed."""
     if not all(array.is_ready() for array in staged):
@@ -107,20 +100,21 @@ def arrived(staged: Sequence[jax.Array]) -> bool:
     return True
 
 
-def host_shards(staged: Sequence[jax.Array], count: int) -> tuple[HostShard, ...]:
+def host_shards(staged: Sequence[jax.Array], count: int) -> tuple[Heads, ...]:
     """The first `count` blocks, shard by shard in the order of heads, each head once; waits for the device.
+
+    Of a lane that spans processes, the shards of this one.
 
     On a CPU the arrays are the device's own memory, read-only; so nothing is copied, and they keep it alive.
     """
     for array in staged:
         array.copy_to_host_async()
-    shards, first = [], 0
-    mesh = staged[0].sharding.mesh
-    for number in range(0, mesh.size, mesh.shape["rep"]):
-        keys, values = (np.asarray(array.addressable_data(number))[:, :, :count] for array in staged)
-        shards.append(HostShard(first, keys, values))
-        first += len(keys)
-    return tuple(shards)
+    found: dict[int, Heads] = {}
+    for keys, values in zip(*(array.addressable_shards for array in staged), strict=True):
+        first = keys.index[0].start or 0
+        if first not in found:
+            found[first] = Heads(*(np.asarray(shard.data)[:, :, :count] for shard in (keys, values)), first)
+    return tuple(found[first] for first in sorted(found))
 
 
 def to_host(staged: Sequence[jax.Array], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """The KV of a `Parts` on its way: which bytes, in which order, and how the receiver knows that they are right.
 
-    header   handoff, generation, first, blocks | dtype, K L n C H | checksums [K]
+    header   handoff, generation, first, blocks | dtype, first head, K L n C H | checksums [K]
     payload  keys [K, L, n, C, H], then values: head first, so that what any shard wants is one piece
+
+K are all heads of the lane, or those that one process of it has and another wants (engine/movers/spans.py).
 
 The sender hands out views of what it holds, nothing is copied or joined. The receiver reads straight into two
 buffers of its own and hands those on, read-only. What is of another dtype or shape than its lane's, or has other
@@ -10,6 +12,7 @@ Checksums are taken head by head, so that a loop can do other things in between.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgpack
@@ -29,10 +32,15 @@ AT_ONCE = 1 << 20  # bytes whose checksums are taken without a pause
 
 
 class Heads(NamedTuple):
-    """Keys and values of consecutive heads on the host."""
+    """Keys and values of consecutive heads on the host, from `first_head` on."""
 
     keys_KLnCH: np.ndarray
     values_KLnCH: np.ndarray
+    first_head: int = 0
+
+    @property
+    def stop_head(self) -> int:
+        return self.first_head + len(self.keys_KLnCH)
 
 
 class PartsHeader(NamedTuple):
@@ -43,6 +51,7 @@ class PartsHeader(NamedTuple):
     first: int
     num_blocks: int
     dtype: str
+    first_head: int
     heads: int
     layers: int
     size: int
@@ -63,32 +72,29 @@ FIELDS = group(
     *(whole(key) for key in ("h", "g", "fi")),
     whole("nb", 1, CREDIT),
     text("dt", 64),
-    *(whole(key, 0, 1 << 16) for key in ("k", "l", "c", "w")),
+    *(whole(key, 0, 1 << 16) for key in ("fh", "k", "l", "c", "w")),
     octets("su", MOST_SUMS),
 )
 
 
 def shards(part: Parts) -> tuple[Heads, ...]:
-    """`part.staged` as heads in order: it is (keys, values), or a sequence of such pairs, one a shard.
-
-    What has more members than these two, as a shard that also says which heads it has, may lead with them.
-    """
+    """`part.staged` as heads in order: it is Heads, or a sequence of them, each beginning where the last ends."""
     staged = part.staged
     if staged is None:
         return ()
-    assert isinstance(staged, tuple | list) and staged
-    whole_ = isinstance(staged[-1], np.ndarray)
-    return tuple(Heads(*each[-2:]) for each in ([staged] if whole_ else staged))
+    found = (staged,) if isinstance(staged, Heads) else tuple(staged)  # type: ignore[call-overload]
+    assert found and all(before.stop_head == after.first_head for before, after in pairwise(found))
+    return found
 
 
 def num_bytes(part: Parts) -> int:
     """Of its payload."""
-    return sum(array.nbytes for each in shards(part) for array in each)
+    return sum(each.keys_KLnCH.nbytes + each.values_KLnCH.nbytes for each in shards(part))
 
 
 def sums_by_head(part: Parts) -> Iterator[np.ndarray]:
     """Checksums [k] of one head after the other, or of some heads where these are small."""
-    for keys, values in shards(part):
+    for keys, values, _ in shards(part):
         step = max(AT_ONCE // max(2 * keys[:1].nbytes, 1), 1)
         for head in range(0, len(keys), step):
             yield checksums(keys[head : head + step], values[head : head + step])
@@ -98,12 +104,12 @@ def header_of(part: Parts, sums: list[np.ndarray]) -> bytes:
     """The header of its frame."""
     pieces = shards(part)
     if not pieces:
-        about = PartsHeader(*part[:4], "", 0, 0, 0, 0, b"")
+        about = PartsHeader(*part[:4], "", 0, 0, 0, 0, 0, b"")
     else:
         _, layers, _, size, width = pieces[0].keys_KLnCH.shape
-        heads = sum(len(keys) for keys, _ in pieces)
-        dtype = pieces[0].keys_KLnCH.dtype.name
-        about = PartsHeader(*part[:4], dtype, heads, layers, size, width, b"".join(each.tobytes() for each in sums))
+        first, stop = pieces[0].first_head, pieces[-1].stop_head
+        dtype, data = pieces[0].keys_KLnCH.dtype.name, b"".join(each.tobytes() for each in sums)
+        about = PartsHeader(*part[:4], dtype, first, stop - first, layers, size, width, data)
     return msgpack.packb(FIELDS.write(about, 0.0))
 
 
@@ -140,19 +146,21 @@ class Intake:
 
     def __init__(self, header: PartsHeader, payload: int, geometry: Geometry, memory: np.ndarray | None = None):
         self.header = header
-        shape, dtype = geometry.shape(header.num_blocks), geometry.numpy_dtype()
+        shape, dtype = geometry.shape(header.num_blocks, header.heads), geometry.numpy_dtype()
         size = int(np.prod(shape)) * dtype.itemsize
-        self.fits = (header.dtype, header.shape, payload) == (geometry.dtype, shape, 2 * size)
+        inside = 0 < header.heads <= geometry.kv_heads - header.first_head
+        self.fits = inside and (header.dtype, header.shape, payload) == (geometry.dtype, shape, 2 * size)
         self.heads: Heads | None = None
         if self.fits and memory is None:
-            self.heads = Heads(*(_empty(shape, dtype, size) for _ in range(2)))
+            self.heads = Heads(*(_empty(shape, dtype, size) for _ in range(2)), header.first_head)
         elif self.fits:
-            self.heads = Heads(*(half.view(dtype).reshape(shape) for half in (memory[:size], memory[size:])))
+            halves = memory[:size], memory[size:]
+            self.heads = Heads(*(half.view(dtype).reshape(shape) for half in halves), header.first_head)
 
     def views(self) -> Iterator[memoryview]:
         """Where the payload goes, in order."""
         assert self.heads is not None
-        for array in self.heads:
+        for array in self.heads[:2]:
             yield memoryview(array.reshape(-1).view(np.uint8))
 
     def damaged_heads(self) -> Iterator[bool]:
@@ -168,7 +176,7 @@ class Intake:
     def part(self) -> Parts:
         """The part with its blocks, which nobody here keeps and nobody can write."""
         assert self.heads is not None
-        for array in self.heads:
+        for array in self.heads[:2]:
             array.flags.writeable = False
         return self.header.without()._replace(staged=self.heads)
 

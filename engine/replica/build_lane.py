@@ -17,6 +17,7 @@ from engine.core.scheduler import Scheduler
 from engine.models.config import from_hf
 from engine.movers.geometry import Geometry
 from engine.movers.local import host_shards
+from engine.movers.parts import Heads
 from engine.observe.metrics import Metrics
 from engine.replica.build import (
     Progress,
@@ -112,13 +113,13 @@ def lane(settings: Settings, slot: str, progress: Progress) -> Built:
 def leave(staged: object, count: int) -> object:
     """What a device gathered, on the host, shard by shard; waits for it."""
     assert isinstance(staged, tuple)
-    return [(shard.keys_KLnCH, shard.values_KLnCH) for shard in host_shards(staged, count)]
+    return host_shards(staged, count)
 
 
 def arrive(staged: object) -> object:
     """What came over a link, as the device takes it."""
-    assert isinstance(staged, tuple)
-    return Staged(*staged)
+    assert isinstance(staged, Heads)
+    return Staged(*staged[:2])
 
 
 def plain(facts: dict[str, object]) -> dict[str, object]:

@@ -103,7 +103,7 @@ class Life:
         self._links = Links(name, reach.secret, self._hear, lambda peer: None, reach.geometry, clock)
         self._links.start(reach.listen)
         self._links.meet(FRONT, reach.front)
-        self._member = Member(name, role, clock.now(), next(iter(self._links.addresses), ""))
+        self._member = Member(name, role, clock.now(), tuple(self._links.addresses[:1]))
         self._leaving: queue.SimpleQueue[tuple[str, Parts] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self.lane.run, self._bring)]
         for thread in self._threads:
@@ -160,7 +160,7 @@ class Life:
             heard = self._member.receive(self._clock.now(), message)  # type: ignore[arg-type]
         for each in heard:
             if isinstance(each, Meet):
-                self._links.meet(each.lane, each.address)
+                self._links.meet(each.lane, each.addresses[0])
                 continue
             if isinstance(each, Fence):
                 self._links.forget(each.lane)

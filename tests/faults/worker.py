@@ -16,6 +16,7 @@ from engine.core import prefix
 from engine.core.agent import Agent
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.movers.geometry import Geometry
+from engine.movers.parts import Heads
 from engine.observe.metrics import Metrics
 from engine.replica.joined import Bytes, Joined, Reach
 from engine.replica.lane import Lane
@@ -37,11 +38,11 @@ class SlowRunner(ModelledRunner):
 def leave(staged: np.ndarray, count: int):
     """[n, C] as keys [K, L, n, C, H], and values that say nothing."""
     keys = np.ascontiguousarray(staged[:count])[None, None, :, :, None]
-    return keys, np.zeros_like(keys)
+    return Heads(keys, np.zeros_like(keys))
 
 
 def arrive(staged) -> np.ndarray:
-    keys, values = staged
+    keys, values, _ = staged
     assert not values.any()
     return np.array(keys[0, 0, :, :, 0])
 

@@ -14,7 +14,7 @@ class Cluster:
     def __init__(self, *names):
         self.router = Router(4, 64)
         self.members = Members(self.router, 77)
-        self.lanes = {name: Member(name, "both", 0.0, f"at {name}") for name in names}
+        self.lanes = {name: Member(name, "both", 0.0, (f"at {name}",)) for name in names}
         self.deaf, self.now = set(), 0.0
         self.heard = {name: [] for name in names}
 
@@ -38,9 +38,9 @@ class Cluster:
 
 
 def test_a_lane_says_hello_until_it_is_welcomed():
-    lane = Member("a", "prefill", 1.0, "here")
-    assert lane.tick(0.9) == [] and lane.tick(1.0) == [Hello("a", "prefill", "here")] and lane.tick(1.1) == []
-    assert lane.tick(1.6) == [Hello("a", "prefill", "here")]
+    lane = Member("a", "prefill", 1.0, ("here",), 2)
+    assert lane.tick(0.9) == [] and lane.tick(1.0) == [Hello("a", "prefill", ("here",), 2)] and lane.tick(1.1) == []
+    assert lane.tick(1.6) == [Hello("a", "prefill", ("here",), 2)]
     assert lane.receive(1.7, Welcome("b", 4)) == [] and lane.session is None, "meant for somebody else"
     lane.receive(1.7, Welcome("a", 5))
     lane.receive(1.7, Welcome("a", 6))
@@ -127,8 +127,8 @@ def test_what_the_router_says_reaches_its_lane_once_and_in_order():
 def test_lanes_are_told_where_the_others_are_but_not_those_that_were_lost():
     cluster = Cluster("a", "b")
     cluster.pass_time(1.0)
-    assert cluster.heard == {"a": [Meet("b", "at b")], "b": [Meet("a", "at a")]}
+    assert cluster.heard == {"a": [Meet("b", ("at b",))], "b": [Meet("a", ("at a",))]}
     cluster.members.lost("a")
-    cluster.lanes["c"], cluster.heard["c"] = Member("c", "both", cluster.now, "at c"), []
+    cluster.lanes["c"], cluster.heard["c"] = Member("c", "both", cluster.now, ("at c", "and here"), 4), []
     cluster.pass_time(1.0)
-    assert cluster.heard["c"] == [Meet("b", "at b")] and Meet("c", "at c") in cluster.heard["b"]
+    assert cluster.heard["c"] == [Meet("b", ("at b",), 1)] and Meet("c", ("at c", "and here"), 4) in cluster.heard["b"]

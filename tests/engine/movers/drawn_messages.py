@@ -138,7 +138,7 @@ class Drawn:
             messages.Cancel: lambda: messages.Cancel(tuple(n() for _ in range(3)), n(), self.words()),
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
             messages.Fence: lambda: messages.Fence(self.words()),
-            messages.Meet: lambda: messages.Meet(self.words(), "127.0.0.1:1"),
+            messages.Meet: lambda: messages.Meet(self.words(), ("127.0.0.1:1",), 1 + n()),
             messages.Started: lambda: messages.Started(n(), n()),
             Emission: self.emission,
             messages.Scored: lambda: messages.Scored(n(), n(), *self.columns(rng.randrange(5))),
@@ -151,7 +151,7 @@ class Drawn:
             handoff.Stopped: lambda: handoff.Stopped(n(), rng.choice(["cancelled", "complete", "unknown"])),
             handoff.Gone: lambda: handoff.Gone(n(), self.words()),
             membership.Hello: lambda: membership.Hello(
-                self.words(), rng.choice(["prefill", "decode", "both"]), "unix:/a/b"
+                self.words(), rng.choice(["prefill", "decode", "both"]), ("unix:/a/b", "127.0.0.1:1"), 1 + n()
             ),
             membership.Welcome: lambda: membership.Welcome(self.words(), n()),
             membership.Refused: lambda: membership.Refused(self.words()),

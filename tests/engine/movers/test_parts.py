@@ -40,12 +40,12 @@ def received(header, payload, geometry=GEOMETRY):
 
 
 def split(part, *, wider=0):
-    """As two shards that are cut out of larger arrays, the second of one that also says its first head."""
+    """As two shards that are cut out of larger arrays."""
     found = []
     for heads in (slice(0, 1), slice(1, None)):
-        room = [np.pad(each, [(0, 0), (0, 0), (0, wider), (0, 0), (0, 0)])[heads] for each in part.staged]
-        found.append(Heads(*(array[:, :, : part.num_blocks] for array in room)))
-    return part._replace(staged=(found[0], (1, *found[1])))
+        room = [np.pad(each, [(0, 0), (0, 0), (0, wider), (0, 0), (0, 0)])[heads] for each in part.staged[:2]]
+        found.append(Heads(*(array[:, :, : part.num_blocks] for array in room), heads.start))
+    return part._replace(staged=tuple(found))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -56,7 +56,7 @@ def test_parts_come_back_as_they_were(seed):
 
 def test_bfloat16_comes_back_as_it_was():
     part = Drawn(3).parts()
-    part = part._replace(staged=Heads(*(array.astype(ml_dtypes.bfloat16) for array in part.staged)))
+    part = part._replace(staged=Heads(*(array.astype(ml_dtypes.bfloat16) for array in part.staged[:2])))
     assert same(received(*sent(part), GEOMETRY._replace(dtype="bfloat16")), part)
     assert received(*sent(part)).staged is None
 
@@ -75,12 +75,12 @@ def test_the_payload_is_keys_then_values_head_first():
 
 def test_nothing_is_copied_to_be_sent():
     part = Drawn(1).parts()
-    for view, array in zip(views(part), part.staged, strict=True):
+    for view, array in zip(views(part), part.staged[:2], strict=True):
         assert np.frombuffer(view, np.uint8).ctypes.data == array.ctypes.data
 
 
 def test_what_comes_is_aligned_read_only_and_in_buffers_of_its_own():
-    keys, values = received(*sent(Drawn(4).parts())).staged
+    keys, values, _ = received(*sent(Drawn(4).parts())).staged
     for array in (keys, values):
         assert array.ctypes.data % ALIGNED == 0 and not array.flags.writeable and array.flags.c_contiguous
     assert not np.shares_memory(keys, values)
@@ -98,9 +98,18 @@ def test_any_damage_to_the_payload_is_noticed(seed, data):
     assert same(got, part) if bad == payload else same(got, part._replace(staged=None))
 
 
+def test_some_of_the_heads_come_back_as_they_were():
+    part = Drawn(5).parts()
+    some = part._replace(staged=Heads(*(array[1:3] for array in part.staged[:2]), 1))
+    got = received(*sent(some))
+    assert same(got, some) and got.staged.first_head == 1 and got.staged.stop_head == 3
+    past = some._replace(staged=some.staged._replace(first_head=GEOMETRY.kv_heads - 1))
+    assert received(*sent(past)).staged is None, "of heads that no lane has"
+
+
 def test_payloads_of_two_parts_that_change_places_are_noticed():
     one, other = Drawn(1).parts(), Drawn(2).parts()
-    other = other._replace(staged=one.staged[::-1], num_blocks=one.num_blocks)
+    other = other._replace(staged=Heads(*one.staged[1::-1]), num_blocks=one.num_blocks)
     assert received(sent(one)[0], sent(other)[1]).staged is None
 
 

@@ -24,8 +24,9 @@ from engine.core.handoff import Fetch, Parts
 from engine.movers import shared
 from engine.movers.addresses import parse
 from engine.movers.arena import Arena
+from engine.movers.cards import Card
 from engine.movers.frames import frame
-from engine.movers.greeting import Card, greet
+from engine.movers.greeting import greet
 from engine.movers.links import Limits, Links
 from engine.movers.parts import Heads, header_of, num_bytes, sums_by_head
 from engine.movers.pipe import PlainWire
@@ -149,7 +150,7 @@ def test_what_comes_lies_in_the_memory_and_cannot_be_written(pair):
     here, there = pair
     sent = part(1)
     here.links.post("d0", sent)
-    keys, values = there.get().staged
+    keys, values, _ = there.get().staged
     arena = here.arena("d0")
     assert arena.room(0, num_bytes(sent)).tobytes() == keys.tobytes() + values.tobytes()
     arena.room(0, 1)[:] ^= 1
@@ -162,8 +163,8 @@ def test_what_comes_lies_in_the_memory_and_cannot_be_written(pair):
 def test_shards_that_are_cut_out_of_larger_arrays_cross_as_one(pair):
     here, there = pair
     sent = part(2)
-    room = [np.pad(each, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)])[:, :, :8] for each in sent.staged]
-    cut = [tuple(each[heads] for each in room) for heads in (slice(0, 1), slice(1, None))]
+    room = [np.pad(each, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)])[:, :, :8] for each in sent.staged[:2]]
+    cut = [Heads(*(each[heads] for each in room), heads.start) for heads in (slice(0, 1), slice(1, None))]
     here.links.post("d0", sent._replace(staged=cut))
     assert same(there.get(), sent) and here.counts["unshared"] == 0
 
@@ -454,7 +455,7 @@ def test_a_slot_over_one_that_is_held_ends_the_connection(pair):
     arena = Arena(ROOM)
     arena.room(0, ROOM)
     about = part(0)
-    arena.room(0, num_bytes(about))[:] = np.frombuffer(b"".join(each.tobytes() for each in about.staged), np.uint8)
+    arena.room(0, num_bytes(about))[:] = np.frombuffer(b"".join(each.tobytes() for each in about.staged[:2]), np.uint8)
     asyncio.run(_insider(there, "x0", [lent(), placed(0), placed(64)], arena.descriptor))
     arena.close()
     assert same(there.get(), about) and "over one in use" in there.links.refusals[-1]
