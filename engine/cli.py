@@ -1,6 +1,6 @@
 """The command `serac`: one function a verb, each calling into a module that is imported only then.
 
-    serac serve | generate | chat | top | plan | convert | replay | bench | demo | version
+    serac serve | generate | chat | top | plan | convert | replay | certs | bench | demo | version
 
 A mistake is answered in one line, `serac: error: FIELD: got X; expected Y`, with the exit code of its error. The
 command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts itself anew with them, and says so.
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +208,27 @@ def replay(options: argparse.Namespace) -> int:
     return replay_report.run(log, settings, sys.stdout)
 
 
+def add_certs(parser: Parser) -> None:
+    """What to do in which folder, and for which hosts."""
+    parser.add_argument("action", choices=("init", "show", "renew"), help="make all, say what is there, make anew")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="of the cluster's certificates")
+    parser.add_argument("--cluster", default="serac", metavar="NAME", help="for init: its name (default %(default)s)")
+    parser.add_argument("--host", action="append", default=[], metavar="NAME=ADDRESS", help="for init: each host")
+
+
+def certs(options: argparse.Namespace) -> int:
+    """Make, show and renew the keys and certificates with which a cluster's processes know each other."""
+    from engine.cluster import certs
+
+    now = datetime.now(UTC)
+    if options.action == "init":
+        lines = certs.init(options.folder, options.cluster, options.host, now)
+    else:
+        lines = (certs.renew if options.action == "renew" else certs.show)(options.folder, now)
+    print(*lines, sep="\n")
+    return 0
+
+
 def bench(options: argparse.Namespace) -> int:
     """Run a measurement of the suite; the same as `python -m bench`."""
     return subprocess.call([sys.executable, "-m", "bench", *options.arguments])
@@ -248,6 +270,7 @@ VERBS = (
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
     Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),
     Verb("replay", "run a plan log again and compare its results", add_replay, replay),
+    Verb("certs", "make and show the certificates of a cluster", add_certs, certs),
     Verb("bench", "measure: the same as python -m bench", add_nothing, bench),
     Verb("demo", "serve the embedded model on this machine and ask it", add_nothing, demo),
     Verb("version", "print versions", add_nothing, show_version),

@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.replica.build_lane": OPEN | DEVICE | BUILT,
     "engine.replica.follower": OPEN | {"engine.core.plan", "engine.replica", "engine.runner", "numpy", "msgpack"},
     "engine.serve": OPEN | GRPC | {"engine.replica", "engine.text", "engine.core.request"},
+    "engine.cluster.certs": OPEN | {"cryptography"},
     "engine.cluster": OPEN | {"engine.core", "engine.serve.client", "grpc", "msgpack"},
     "engine.sim": OPEN | {"engine.core", "engine.replica", "numpy"},
     # The files of the embedded model, which its package names, and the scripts that made and judge them.
@@ -65,7 +66,7 @@ TOP = {
 }
 ANYTHING = QUICK | TOP | {"bench"}
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
-OPTIONAL = ("huggingface_hub", "matplotlib")  # of an extra: a module may go on without it
+OPTIONAL = ("huggingface_hub", "matplotlib", "cryptography")  # of an extra: a module may go on without it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")
 NEEDS_JAX = ("engine.replica.build", "engine.replica.build_lane", "engine.replica.follower")
 
@@ -187,7 +188,7 @@ def distributions(module: str) -> set[str]:
 
 def test_every_foreign_module_comes_from_a_declared_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"bench": "bench", "engine.embedded": "train", "engine.weights.hub": "hub"}
+    extras = {"bench": "bench", "engine.embedded": "train", "engine.weights.hub": "hub", "engine.cluster.certs": "certs"}
     foreign = {
         (dotted(path), module)
         for path in FILES
