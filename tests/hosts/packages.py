@@ -37,8 +37,7 @@ def unpack(names: list[str]) -> Path:
 
 def libraries(folder: Path) -> str:
     """The LD_LIBRARY_PATH of what was unpacked."""
-    found = {path.parent for path in folder.rglob("*.so*")}
-    return ":".join(str(path) for path in sorted(found) if path.parts[-2] == "lib" or path.name.endswith("-gnu"))
+    return ":".join(sorted({str(path.parent) for path in folder.rglob("*.so*")}))
 
 
 def _call(command: list[str], folder: str) -> None:
