@@ -212,7 +212,7 @@ def add_certs(parser: Parser) -> None:
     """What to do in which folder, and for which hosts."""
     parser.add_argument("action", choices=("init", "show", "renew"), help="make all, say what is there, make anew")
     parser.add_argument("folder", metavar="DIR", type=Path, help="of the cluster's certificates")
-    parser.add_argument("--cluster", default="serac", metavar="NAME", help="for init: its name (default %(default)s)")
+    parser.add_argument("--cluster", default="serac", metavar="NAME", help="for init (default %(default)s)")
     parser.add_argument("--host", action="append", default=[], metavar="NAME=ADDRESS", help="for init: each host")
 
 
