@@ -1,7 +1,8 @@
 """One connection to a peer that has proved itself: frames in, messages out, and back.
 
     control   messages, many frames a call
-    bulk      `Parts` alone, one after the other; within a host their KV lies in shared memory (shared.py)
+    bulk      `Parts` alone, one after the other; within a host their KV lies in shared memory (shared.py), and
+              where a library was asked for, that moves it (pull.py)
 
 Two connections to a peer, because what stands in the buffers of one, ours and the kernel's, must all leave before
 what comes after it: a heartbeat behind 64 MiB of KV would wait for its receiver to read that.
@@ -24,6 +25,8 @@ from engine.movers import parts
 from engine.movers.frames import MAX_PAYLOAD, PREFIX, Prefix, check_header, frame, read_prefix
 from engine.movers.geometry import Geometry
 from engine.movers.pipe import Pipe
+from engine.movers.pull import KINDS as PULLED
+from engine.movers.pull import WANT, Mover, Pull
 from engine.movers.shared import KINDS, LEND, Shared
 from engine.movers.words import from_bytes
 from engine.observe.plan_bytes import MAX_BYTES
@@ -61,6 +64,7 @@ class Connection:
         patience: Patience,
         shared_bytes: int,
         counts: Counter[str],
+        mover: Mover | None = None,
     ):
         self.pipe, self.peer, self.way = pipe, peer, way
         self.tasks: list[asyncio.Task] = []
@@ -68,6 +72,7 @@ class Connection:
         self._said = 0  # times
         self._geometry, self._clock, self._patience = geometry, clock, patience
         self.shared = Shared(shared_bytes, geometry, counts) if way == "bulk" and pipe.local else None
+        self.pull = Pull(mover, geometry, counts) if way == "bulk" and mover is not None else None
 
     async def receive(self) -> object:
         """The next message. Raises Malformed, EOFError, OSError, or TimeoutError where a frame takes too long."""
@@ -84,8 +89,8 @@ class Connection:
             prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0)
             if prefix.kind == BEAT and prefix.header == prefix.payload == 0:
                 return None
-            ours = KINDS if self.shared is not None else ()
-            if bulk != (prefix.kind == parts.KIND or prefix.kind in ours):
+            ours = (parts.KIND, *PULLED, *(KINDS if self.shared is not None else ()))
+            if bulk != (prefix.kind in ours):
                 raise Malformed(f"frame: got kind {prefix.kind}, which does not travel on a {self.way} connection")
             limit.reschedule(began + self._patience.allowed_s(prefix))
             header = bytes(await self.pipe.take(prefix.header))
@@ -94,13 +99,22 @@ class Connection:
                 return from_bytes(prefix.kind, header, self._clock.now())
             if prefix.kind == parts.KIND:
                 intake = await self._payload(parts.read_header(header, prefix.payload), prefix.payload)
-            elif (intake := self._shared(prefix, header)) is None:
+            elif (intake := await self._beside(prefix, header)) is None:
                 return None
         return await self._judge(intake)
 
-    def _shared(self, prefix: Prefix, header: bytes) -> parts.Intake | None:
+    async def _beside(self, prefix: Prefix, header: bytes) -> parts.Intake | None:
         if prefix.payload:
             raise Malformed("shared: got a payload; expected none")
+        if prefix.kind not in PULLED:
+            return self._shared(prefix, header)
+        if self.pull is not None:
+            return await self.pull.heard(prefix.kind, header)
+        if prefix.kind != WANT:
+            raise Malformed("pull: got what was not asked for")
+        return None  # the other side has a library, and this one does not
+
+    def _shared(self, prefix: Prefix, header: bytes) -> parts.Intake | None:
         assert self.shared is not None
         descriptor = self.pipe.handed() if prefix.kind == LEND else None
         try:
@@ -129,7 +143,7 @@ class Connection:
             await asyncio.sleep(0)
         return intake.part()
 
-    async def send(self, items: Sequence[bytes | Parts]) -> None:
+    async def send(self, items: Sequence[bytes | memoryview | Parts]) -> None:
         """Send frames that are bytes, or parts."""
         pieces: deque[bytes | memoryview] = deque()
         for item in items:
@@ -147,6 +161,8 @@ class Connection:
             sums.append(each)
             await asyncio.sleep(0)
         header = parts.header_of(part, sums)
+        if self.pull is not None and (frames := await self.pull.place(part, header)):
+            return [*frames]
         if self.shared is not None:
             await self._lend(self.shared)
             if (placed := await self.shared.place(part, header)) is not None:
@@ -167,10 +183,17 @@ class Connection:
         while True:
             await self.send(await self.shared.said())
 
+    async def answer_pulls(self) -> None:
+        """As much about what the library moves."""
+        assert self.pull is not None
+        while True:
+            await self.send(await self.pull.said())
+
     @property
     def works(self) -> tuple[Callable[["Connection"], Coroutine], ...]:
         """What must run beside `receive` for as long as the connection lives."""
-        return (Connection.keep,) if self.shared is None else (Connection.keep, Connection.answer)
+        ways = (self.shared, Connection.answer), (self.pull, Connection.answer_pulls)
+        return (Connection.keep, *(work for way, work in ways if way is not None))
 
     async def keep(self) -> None:
         """Say a beat where nothing else is said; raises TimeoutError when the other side is silent."""
@@ -188,6 +211,8 @@ class Connection:
         self.pipe.close()
         if self.shared is not None:
             self.shared.close()
+        if self.pull is not None:
+            self.pull.close()
 
     def close(self) -> None:
         """At once; whoever reads from it is told."""

@@ -32,6 +32,7 @@ from engine.movers.geometry import Geometry
 from engine.movers.greeting import Stranger, greet
 from engine.movers.outgoing import Outgoing
 from engine.movers.pipe import Pipe, PlainWire, TlsWire
+from engine.movers.pull import Mover
 from engine.movers.sockets import address_of, dial, end, listening
 
 GREETING_S = 5.0
@@ -86,6 +87,7 @@ class Links:
         clock: Clock | None = None,
         tls: Tls | None = None,
         limits: Limits | None = None,
+        mover: Mover | None = None,
     ):
         self.name, self.geometry = name, geometry
         self.counts: Counter[str] = Counter()  # of the loop's thread
@@ -93,6 +95,7 @@ class Links:
         self.refusals: deque[str] = deque(maxlen=REMEMBERED)
         self.addresses: tuple[str, ...] = ()
         self._secret, self._on_message, self._on_lost = secret, on_message, on_lost
+        self._mover = mover
         self._clock, self._tls, self._limits = clock or SystemClock(), tls, limits or Limits()
         self._lock = threading.RLock()  # tasks that end while the loop is closed take it again
         self._channels: dict[tuple[str, str], Channel] = {}
@@ -266,7 +269,7 @@ class Links:
             if card.address:
                 self._introduced(card)
             about = self.geometry, self._clock, self._limits.patience, self._limits.shared_bytes, self.counts
-            made = Connection(pipe, card.name, way, *about)
+            made = Connection(pipe, card.name, way, *about, self._mover)
         finally:
             if made is None and pipe is not None:
                 pipe.close()

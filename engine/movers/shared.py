@@ -18,19 +18,16 @@ import contextlib
 import struct
 from collections import Counter
 
-import numpy as np
-
 from engine.core.handoff import Parts
 from engine.errors import Malformed
 from engine.movers import parts
 from engine.movers.arena import MOST_SLOTS, Arena, Borrowed, available
 from engine.movers.frames import frame
 from engine.movers.geometry import Geometry
+from engine.movers.staging import write
 
 WANT, LEND, PLACED, FREED = KINDS = 81, 82, 83, 84
 SIZE, PLACE = struct.Struct("<Q"), struct.Struct("<QQ")
-AT_ONCE = 1 << 20  # bytes copied without a look at the time
-TURN_S = 0.001
 SOCKET_RATE = float(1 << 30)  # bytes a second
 ASKED_S = 1.0  # most that a first part waits for the other side to say that it wants memory
 
@@ -183,16 +180,7 @@ class Shared:
         return offset
 
     async def _copy(self, part: Parts, arena: Arena, offset: int) -> None:
-        turned_at = self._loop.time()
-        for view in parts.views(part):
-            source = np.frombuffer(view, np.uint8)
-            for start in range(0, len(source), AT_ONCE):
-                piece = source[start : start + AT_ONCE]
-                np.copyto(arena.room(offset, offset + len(piece)), piece)
-                offset += len(piece)
-                if (now := self._loop.time()) - turned_at > TURN_S:
-                    await asyncio.sleep(0)
-                    turned_at = now
+        await write(part, arena.room, offset)
 
     def close(self) -> None:
         """Let go of both segments; arrays that somebody holds stay readable."""
