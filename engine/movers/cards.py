@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgpack
 
-from engine.errors import wrong
+from engine.errors import SeracError, wrong
 from engine.movers.fields import group, text
 from engine.movers.frames import SPOKEN
 from engine.movers.geometry import GEOMETRY, Geometry
@@ -18,6 +18,10 @@ from engine.observe.plan_bytes import read_map
 
 WAYS = ("control", "bulk")
 NO_GEOMETRY = Geometry(1, 1, 1, "", 1, "", "", "")
+
+
+class Stranger(SeracError):
+    """Who is at the other end does not know the secret, may not be there, or is not whom we want."""
 
 
 class Card(NamedTuple):

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import msgpack
 
-from engine.errors import ConfigError, Malformed, SeracError
-from engine.movers.cards import Card, misfit, read_card, write_card
+from engine.errors import ConfigError, Malformed
+from engine.movers.cards import Card, Stranger, misfit, read_card, write_card
 from engine.movers.fields import Field, group, octets, text, whole
 from engine.movers.frames import GREETING, PREFIX, SPOKEN, Versions, check_header, frame, read_prefix
 from engine.movers.pipe import Pipe
@@ -52,10 +52,6 @@ class Proof(NamedTuple):
 
 class Turned(NamedTuple):
     reason: str
-
-
-class Stranger(SeracError):
-    """Who is at the other end does not know the secret, or is not whom we want."""
 
 
 OPENINGS = group(

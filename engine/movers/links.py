@@ -31,9 +31,9 @@ from engine.movers.frames import frame
 from engine.movers.geometry import Geometry
 from engine.movers.greeting import Stranger, greet
 from engine.movers.outgoing import Outgoing
-from engine.movers.pipe import Pipe, PlainWire, TlsWire
 from engine.movers.pull import Mover
-from engine.movers.sockets import address_of, dial, end, listening
+from engine.movers.sockets import address_of, dial, end, listening, opened
+from engine.movers.tls import Tls, stranger
 
 GREETING_S = 5.0
 STRANGERS = 64  # connections that have not proved anything yet
@@ -50,13 +50,6 @@ class Limits(NamedTuple):
     retry_s: float = 0.05  # first wait after a failed dial; doubles
     retry_most_s: float = 2.0
     patience: Patience = Patience()
-
-
-class Tls(NamedTuple):
-    """What TCP connections are wrapped in, on both sides."""
-
-    server: ssl.SSLContext
-    client: ssl.SSLContext
 
 
 class Channel:
@@ -103,7 +96,7 @@ class Links:
         self._stirred: set[tuple[str, str]] = set()
         self._tasks: set[asyncio.Task] = set()
         self._listeners: list[socket.socket] = []
-        self._fresh: set[PlainWire | TlsWire] = set()  # accepted in this very turn
+        self._fresh: set[socket.socket] = set()  # accepted in this very turn
         self._strangers = 0
         self._over = False
         self._loop = asyncio.new_event_loop()
@@ -188,8 +181,8 @@ class Links:
             for channel in self._channels.values():
                 for connection in channel.connections:
                     connection.end()
-            for wire in self._fresh:
-                wire.close()
+            for accepted in self._fresh:
+                accepted.close()
             with self._lock:
                 self._over = True  # nobody may wake the loop, which the runner closes now
         self._end_listeners()
@@ -243,7 +236,7 @@ class Links:
             address = self._known.get(channel.peer)
         if address is not None and not channel.connections:
             mine = Card(self.name, channel.peer, channel.way, "".join(self.addresses[:1]), self.geometry)
-            made = await self._greeted(dial(address, self._tls and self._tls.client), mine, dialing=True)
+            made = await self._greeted(dial(address, self._tls), mine, dialing=True)
             if made is not None:
                 self._adopt(made)
         if channel.connections:
@@ -259,9 +252,8 @@ class Links:
             async with asyncio.timeout(GREETING_S):
                 pipe = await opening
                 card = await greet(pipe, self._secret, mine, dialing)
-        except (Stranger, Malformed) as error:
-            self.counts["refused"] += 1
-            self.refusals.append(str(error))
+        except (Stranger, Malformed, ssl.SSLError) as error:  # of TLS too: refused certificates are told by alerts
+            self._refused(stranger(error) if isinstance(error, ssl.SSLError) else error, dialing)
         except BROKEN:
             self.counts["unreachable" if dialing else "silent"] += 1
         else:
@@ -274,6 +266,13 @@ class Links:
             if made is None and pipe is not None:
                 pipe.close()
         return made
+
+    def _refused(self, error: Exception, dialing: bool) -> None:
+        if isinstance(error, EOFError):
+            self.counts["unreachable" if dialing else "silent"] += 1
+            return
+        self.counts["refused"] += 1
+        self.refusals.append(str(error))
 
     def _introduced(self, card: Card) -> None:
         """Where a peer says that it listens, unless we were told or may not go there."""
@@ -289,16 +288,6 @@ class Links:
     # -- connections --------------------------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket) -> None:
-        if self._tls is not None and listener.family != socket.AF_UNIX:
-
-            async def come(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await self._welcome(TlsWire(reader, writer))
-
-            server = await asyncio.start_server(
-                come, sock=listener, ssl=self._tls.server, ssl_handshake_timeout=GREETING_S
-            )
-            async with server:
-                await server.serve_forever()
         while True:
             try:
                 accepted, _ = await self._loop.sock_accept(listener)
@@ -306,20 +295,19 @@ class Links:
                 self.counts["unaccepted"] += 1
                 await asyncio.sleep(0.05)
                 continue
-            wire = PlainWire(accepted)
-            self._fresh.add(wire)
-            self._spawn(self._welcome(wire))
+            self._fresh.add(accepted)
+            self._spawn(self._welcome(accepted))
 
-    async def _welcome(self, wire: PlainWire | TlsWire) -> None:
-        self._fresh.discard(wire)
+    async def _welcome(self, accepted: socket.socket) -> None:
+        self._fresh.discard(accepted)
         if self._strangers >= STRANGERS:
             self.counts["crowded"] += 1
-            wire.close()
+            accepted.close()
             return
         self._strangers += 1
         mine = Card(self.name, "", WAYS[0], "".join(self.addresses[:1]), self.geometry)
         try:
-            made = await self._greeted(_ready(wire), mine, dialing=False)
+            made = await self._greeted(opened(accepted, self._tls, dialing=False), mine, dialing=False)
         finally:
             self._strangers -= 1
         if made is not None:
@@ -386,7 +374,3 @@ class Links:
                 connection.close()
             if channel.writer is not None:
                 channel.writer.cancel()
-
-
-async def _ready(wire: PlainWire | TlsWire) -> Pipe:
-    return Pipe(wire)

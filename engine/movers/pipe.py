@@ -3,8 +3,8 @@
     socket --recv_into--> read-ahead buffer --> small reads          large reads go straight to their place
     sendmsg <-- views of many pieces                                  nothing is joined
 
-Over TLS the same through asyncio's streams, at the price of copies. Whoever reads says how long it may take; a send
-that moves nothing for STUCK_S raises TimeoutError. The end of the other side is EOFError.
+Over TLS the same through engine/movers/tls_wire.py. Whoever reads says how long it may take; a send that moves
+nothing for STUCK_S raises TimeoutError. The end of the other side is EOFError.
 """
 
 import asyncio
@@ -42,19 +42,62 @@ class Wire(Protocol):
         ...
 
 
-class PlainWire:
-    """A socket as it is."""
+class Ready:
+    """A socket that never blocks, and the waits of a loop for it."""
 
     def __init__(self, connected: socket.socket):
         connected.setblocking(False)
-        self.local = connected.family == socket.AF_UNIX
-        if not self.local:
+        if connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._waiting: set[asyncio.Future] = set()
         self._turned_at = 0.0
+
+    async def turn(self) -> None:
+        """Let the loop turn now and then: while there is always more, no call ever waits."""
+        if (now := self._loop.time()) - self._turned_at > TURN_S:
+            self._turned_at = now
+            await asyncio.sleep(0)
+
+    async def readable(self) -> None:
+        """Wait until there is something to read."""
+        await self._until(self._loop.add_reader, self._loop.remove_reader)
+
+    async def writable(self) -> None:
+        """Wait until there is room, at most STUCK_S."""
+        async with asyncio.timeout(STUCK_S):
+            await self._until(self._loop.add_writer, self._loop.remove_writer)
+
+    async def _until(self, add: Callable, remove: Callable) -> None:
+        descriptor, waiting = self._socket.fileno(), self._loop.create_future()
+        add(descriptor, _settle, waiting)
+        self._waiting.add(waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting.discard(waiting)
+            if self._socket.fileno() >= 0:
+                remove(descriptor)
+
+    def close(self) -> None:
+        """At once."""
+        if (descriptor := self._socket.fileno()) >= 0:
+            self._loop.remove_reader(descriptor)
+            self._loop.remove_writer(descriptor)
+            self._socket.close()
+        for waiting in self._waiting:
+            _settle(waiting)  # the next call finds the socket closed
+
+
+class PlainWire:
+    """A socket as it is."""
+
+    def __init__(self, connected: socket.socket):
+        self.local = connected.family == socket.AF_UNIX
+        self._socket, self._ready = connected, Ready(connected)
+        self._loop = asyncio.get_running_loop()
         self._handed: int | None = None
 
     async def receive(self, into: memoryview) -> int:
@@ -63,7 +106,7 @@ class PlainWire:
             count = await self._receive_local(into[:ONCE])
         else:
             count = await self._loop.sock_recv_into(self._socket, into[:ONCE])
-        await self._turn()
+        await self._ready.turn()
         return count
 
     async def _receive_local(self, into: memoryview) -> int:
@@ -72,7 +115,7 @@ class PlainWire:
             try:
                 count, beside, _, _ = self._socket.recvmsg_into([into], RIGHTS, CLOSED_ON_EXEC)
             except BlockingIOError:
-                await self._until(self._loop.add_reader, self._loop.remove_reader)
+                await self._ready.readable()
                 continue
             for level, kind, data in beside:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -101,7 +144,7 @@ class PlainWire:
             try:
                 sent = self._socket.sendmsg([data], beside)
             except BlockingIOError:
-                await self._writable()
+                await self._ready.writable()
             except OSError:
                 return False
             else:
@@ -113,72 +156,17 @@ class PlainWire:
         """Send all pieces."""
         while pieces:
             try:
-                sent = self._socket.sendmsg(_some(pieces))
+                sent = self._socket.sendmsg(some(pieces))
             except BlockingIOError:
-                await self._writable()
+                await self._ready.writable()
                 continue
-            _drop(pieces, sent)
-            await self._turn()
-
-    async def _turn(self) -> None:
-        """Let the loop turn now and then: while there is always more, no call ever waits."""
-        if (now := self._loop.time()) - self._turned_at > TURN_S:
-            self._turned_at = now
-            await asyncio.sleep(0)
-
-    async def _writable(self) -> None:
-        async with asyncio.timeout(STUCK_S):
-            await self._until(self._loop.add_writer, self._loop.remove_writer)
-
-    async def _until(self, add: Callable, remove: Callable) -> None:
-        """Wait until the socket is ready for one of the two."""
-        descriptor, waiting = self._socket.fileno(), self._loop.create_future()
-        add(descriptor, _settle, waiting)
-        self._waiting.add(waiting)
-        try:
-            await waiting
-        finally:
-            self._waiting.discard(waiting)
-            if self._socket.fileno() >= 0:
-                remove(descriptor)
+            drop(pieces, sent)
+            await self._ready.turn()
 
     def close(self) -> None:
         """At once."""
-        if (descriptor := self._socket.fileno()) >= 0:
-            self._loop.remove_reader(descriptor)
-            self._loop.remove_writer(descriptor)
-            self._socket.close()
+        self._ready.close()
         self._drop_handed()
-        for waiting in self._waiting:
-            _settle(waiting)  # the next call finds the socket closed
-
-
-class TlsWire:
-    """asyncio's streams, which do the TLS."""
-
-    local = False
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self._reader, self._writer = reader, writer
-
-    async def receive(self, into: memoryview) -> int:
-        """How many bytes came; 0 at the end."""
-        data = await self._reader.read(min(len(into), ONCE))
-        into[: len(data)] = data
-        return len(data)
-
-    async def send(self, pieces: deque[memoryview]) -> None:
-        """Send all pieces."""
-        while pieces:
-            batch = _some(pieces)
-            self._writer.writelines(batch)
-            async with asyncio.timeout(STUCK_S):
-                await self._writer.drain()
-            _drop(pieces, sum(map(len, batch)))
-
-    def close(self) -> None:
-        """At once."""
-        self._writer.transport.abort()
 
 
 class Pipe:
@@ -250,7 +238,7 @@ class Pipe:
             self._wire.close()
 
 
-def _some(pieces: deque[memoryview]) -> list[memoryview]:
+def some(pieces: deque[memoryview]) -> list[memoryview]:
     """The first pieces, so many that one call takes them."""
     batch, size = [], 0
     for piece in pieces:
@@ -261,7 +249,8 @@ def _some(pieces: deque[memoryview]) -> list[memoryview]:
     return batch
 
 
-def _drop(pieces: deque[memoryview], sent: int) -> None:
+def drop(pieces: deque[memoryview], sent: int) -> None:
+    """Without their first `sent` bytes."""
     while pieces and sent >= len(pieces[0]):
         sent -= len(pieces.popleft())
     if sent:

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import os
 import socket
-import ssl
 from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.movers.addresses import Address, prepare
-from engine.movers.pipe import Pipe, PlainWire, TlsWire
+from engine.movers.pipe import Pipe, PlainWire
+from engine.movers.tls import Tls
+from engine.movers.tls_wire import secure
 
 BACKLOG = 128
 
@@ -49,10 +50,8 @@ def end(listener: socket.socket) -> None:
         listener.close()
 
 
-async def dial(address: Address, tls: ssl.SSLContext | None) -> Pipe:
-    """A connection to who listens there. Raises OSError."""
-    if tls is not None and not address.path:
-        return Pipe(TlsWire(*await asyncio.open_connection(address.host, address.port, ssl=tls)))
+async def dial(address: Address, tls: Tls | None) -> Pipe:
+    """A connection to who listens there; a unix socket is plain. Raises OSError, EOFError or Stranger."""
     made = socket.socket(_family(address))
     made.setblocking(False)
     try:
@@ -60,7 +59,18 @@ async def dial(address: Address, tls: ssl.SSLContext | None) -> Pipe:
     except BaseException:
         made.close()
         raise
-    return Pipe(PlainWire(made))
+    return await opened(made, tls, dialing=True)
+
+
+async def opened(connected: socket.socket, tls: Tls | None, dialing: bool) -> Pipe:
+    """A pipe over what was just connected, once it is secure. Raises OSError, EOFError or Stranger; closed then."""
+    if tls is not None and connected.family != socket.AF_UNIX:
+        return await secure(connected, tls, dialing)
+    try:
+        return Pipe(PlainWire(connected))
+    except BaseException:
+        connected.close()
+        raise
 
 
 def _remove_left(path: str) -> None:

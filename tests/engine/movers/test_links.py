@@ -7,10 +7,10 @@ import queue
 import random
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import pytest
 from drawn_messages import GEOMETRY, Drawn, same
 from proxy import ALL, CALM, Faults, Proxy
 
+from engine.cluster import certs
 from engine.core.handoff import Fetch, Gone, Parts
 from engine.core.membership import Hello
 from engine.errors import ConfigError
@@ -25,9 +26,10 @@ from engine.movers.addresses import parse
 from engine.movers.cards import Card
 from engine.movers.frames import frame
 from engine.movers.greeting import greet, new_secret
-from engine.movers.links import STRANGERS, Limits, Links, Tls
+from engine.movers.links import STRANGERS, Limits, Links
 from engine.movers.parts import KIND, Heads, header_of, sums_by_head
 from engine.movers.sockets import dial
+from engine.movers.tls import Tls
 from engine.movers.words import KINDS, to_bytes
 
 SECRET = bytes(range(32))
@@ -571,31 +573,9 @@ def test_what_is_no_address_is_refused(address):
     links.close()
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """(certificate, key) for 127.0.0.1, signed by itself."""
-    folder = tmp_path_factory.mktemp("certificate")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=serac"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("needs the openssl command to make a certificate")
-    return cert, key
-
-
-def mutual_tls(cert, key):
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    for context in (server, client):
-        context.load_cert_chain(cert, key)
-        context.load_verify_locations(cert)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return Tls(server, client)
-
-
-def test_with_tls_everything_crosses_and_who_has_no_certificate_does_not(made, certificate):
-    tls = mutual_tls(*certificate)
+def test_with_tls_everything_crosses_and_who_has_no_certificate_does_not(made, tmp_path):
+    certs.init(tmp_path / "certs", "prod", [], datetime.now(UTC))
+    tls = Tls(tmp_path / "certs" / "lane")
     geometry, part = big_part(4)
     here, there = made("p0", geometry, tls=tls), made("d0", geometry, tls=tls)
     here.links.meet("d0", there.links.addresses[0])
