@@ -237,7 +237,7 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}:{_toml_place(str(error), text)}") from None
+        raise ConfigError(f"{path}:{toml_place(str(error), text)}") from None
     if not table:
         raise ConfigError(f"{path}:1:1: got an empty file; expected settings such as mesh = 'tp=4'")
     return {key: _read_key(path, text, key, value) for key, value in table.items()}
@@ -257,7 +257,7 @@ def _read_key(path: Path, text: str, key: str, value: object) -> Value:
     return ROWS[key].kind.given(f"{place}: {key}", str(value))
 
 
-def _toml_place(message: str, text: str) -> str:
+def toml_place(message: str, text: str) -> str:
     """`line:column: what is wrong`, from the message of tomllib."""
     match = TOML_PLACE.match(message)
     if match is None:

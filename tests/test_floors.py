@@ -25,6 +25,7 @@ BUILT = {
     "engine.runner",
     "prometheus_client",
 }
+CLUSTER = {"engine.environment", "engine.lanes", "engine.movers.addresses"}
 STORES = {"flax", "orbax", "safetensors", "huggingface_hub"}
 MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine": set(),
@@ -53,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.replica.follower": OPEN | {"engine.core.plan", "engine.replica", "engine.runner", "numpy", "msgpack"},
     "engine.serve": OPEN | GRPC | {"engine.replica", "engine.text", "engine.core.request"},
     "engine.cluster.certs": OPEN | {"cryptography"},
-    "engine.cluster": OPEN | {"engine.core", "engine.serve.client", "grpc", "msgpack"},
+    "engine.cluster": OPEN | CLUSTER | {"engine.core", "engine.serve.client", "grpc", "msgpack"},
+    "engine.cluster.ray": OPEN | {"engine.cluster", "ray"},
     "engine.sim": OPEN | {"engine.core", "engine.replica", "numpy"},
     # The files of the embedded model, which its package names, and the scripts that made and judge them.
     "engine.embedded": {"jax", "numpy", "tokenizers", "safetensors", "optax"},
@@ -63,11 +65,13 @@ QUICK = {
     for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top")
 }
 TOP = {
-    f"engine.{part}" for part in ("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm")
+    f"engine.{part}"
+    for part in ("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm", "launch_cluster")
 }
 ANYTHING = QUICK | TOP | {"bench"}
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
-OPTIONAL = ("huggingface_hub", "matplotlib", "cryptography")  # of an extra: a module may go on without it
+# Of an extra: a module may go on without it.
+OPTIONAL = ("huggingface_hub", "matplotlib", "cryptography", "ray", "smg_grpc_proto")
 UNDECLARED = ("nixl",)  # its metadata demands torch, which it does not import: its page says how to install it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")
 NEEDS_JAX = ("engine.replica.build", "engine.replica.build_lane", "engine.replica.follower")
@@ -190,7 +194,14 @@ def distributions(module: str) -> set[str]:
 
 def test_every_foreign_module_comes_from_a_declared_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"bench": "bench", "engine.embedded": "train", "engine.weights.hub": "hub", "engine.cluster.certs": "certs"}
+    extras = {
+        "bench": "bench",
+        "engine.embedded": "train",
+        "engine.weights.hub": "hub",
+        "engine.cluster.certs": "certs",
+    }
+    extras["engine.serve.vllm_engine"] = "smg"
+    extras["engine.cluster.ray"] = "ray"
     foreign = {
         (dotted(path), module)
         for path in FILES
@@ -202,7 +213,7 @@ def test_every_foreign_module_comes_from_a_declared_distribution():
         for top, extra in extras.items():
             rows += project["optional-dependencies"][extra] if under(name, [top]) else []
         found = distributions(module)
-        installed = found or module in OPTIONAL
+        installed = found or under(module, OPTIONAL)
         assert installed, f"{name} imports {module}, which is not installed"
         assert not found or found & requirements(rows), f"{name} imports {module} of {found}, which is not declared"
 

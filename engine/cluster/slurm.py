@@ -1,0 +1,107 @@
+"""Scripts for sbatch: a job for each lane, whose ranks srun starts as one group, and a job for the front.
+
+    sbatch NAME-front.sh     serac launch FILE --front-only
+    sbatch NAME-p0.sh        srun --kill-on-bad-exit=1 --distribution=arbitrary serac launch FILE --lane=p0
+    a rank ends              the others are killed, and the job is queued again, at most MOST_RESTARTS times
+
+srun gives ranks by its own order of nodes; the arbitrary distribution takes that of SLURM_HOSTFILE, which is
+lane.hosts. Its exit code is the highest of all ranks, and those killed have a high one: so a job is queued again
+for every code but those that another try cannot mend.
+"""
+
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.cluster.topology import Topology
+from engine.errors import ConfigError, Unavailable
+from engine.lanes import LaneSpec
+
+MOST_RESTARTS = 5
+FINAL = (0, 2, 78)  # drained, configuration, versions
+MINUTE_S = 60
+
+HEAD = """\
+#!/bin/bash
+#SBATCH --job-name={job}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks={ntasks}
+{more}#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={job}-%j.log
+#SBATCH --export=ALL
+"""
+ORDER = """\
+export SLURM_HOSTFILE="$(mktemp)"
+trap 'rm -f "$SLURM_HOSTFILE"' EXIT
+printf '%s\\n' {hosts} > "$SLURM_HOSTFILE"
+"""
+TAIL = """\
+code=$?
+case $code in {final}) exit $code ;; esac
+if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
+  echo "{job}: exit code $code; queued again" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+
+
+def scripts(topology: Topology, file: Path, python: str) -> dict[str, str]:
+    """The text of each script by the name of its file. `file` is where every node reads the topology."""
+    check(topology)
+    made = {f"{topology.name}-front.sh": _front(topology, file, python)}
+    return made | {
+        f"{topology.name}-{lane.name}.sh": _lane(topology, lane, file, python) for lane in topology.lanes
+    }
+
+
+def check(topology: Topology) -> None:
+    """Raise ConfigError for what jobs need and the topology leaves out."""
+    if topology.security.secret_file is None:
+        raise ConfigError("secret_file: got none in [security]; expected a file that every node can read, since "
+                          "jobs are no children of the front", field="secret_file")  # fmt: skip
+    if nameless := [host.name for host in topology.hosts if not host.address]:
+        raise ConfigError(f"address: host {nameless[0]} has none; expected that of its node", field="address")
+
+
+def _front(topology: Topology, file: Path, python: str) -> str:
+    job = f"{topology.name}-front"
+    more = f"#SBATCH --nodelist={topology.front.on}\n" if topology.front.on else ""
+    run = shlex.join(["srun", "--ntasks=1", python, "-m", "engine.cli", "launch", str(file), "--front-only"])
+    return HEAD.format(job=job, nodes=1, ntasks=1, more=more) + run + "\n" + _tail(job)
+
+
+def _lane(topology: Topology, lane: LaneSpec, file: Path, python: str) -> str:
+    job, nodes = f"{topology.name}-{lane.name}", list(dict.fromkeys(lane.hosts))
+    most = max(lane.hosts.count(node) for node in nodes)
+    more = f"#SBATCH --nodelist={','.join(nodes)}\n"
+    if topology.serve.get("device") != "cpu":
+        more += f"#SBATCH --gres=gpu:{lane.tp // len(lane.hosts) * most}\n"
+    command = [python, "-m", "engine.cli", "launch", str(file), f"--lane={lane.name}"]
+    run = ["srun", "--kill-on-bad-exit=1", "--distribution=arbitrary", f"--ntasks={len(lane.hosts)}", *command]
+    body = ORDER.format(hosts=shlex.join(lane.hosts)) + shlex.join(run) + "\n"
+    return HEAD.format(job=job, nodes=len(nodes), ntasks=len(lane.hosts), more=more) + body + _tail(job)
+
+
+def _tail(job: str) -> str:
+    return TAIL.format(job=job, final="|".join(map(str, FINAL)), most=MOST_RESTARTS)
+
+
+def submit(made: Mapping[str, str]) -> dict[str, str]:
+    """Hand the scripts to sbatch: the number of each job by its script. Raises ConfigError, Unavailable."""
+    jobs = {}
+    for name, text in made.items():
+        try:
+            done = subprocess.run(
+                ["sbatch", "--parsable"], input=text, capture_output=True, text=True, timeout=MINUTE_S
+            )
+        except FileNotFoundError:
+            raise ConfigError("over: got slurm, and there is no sbatch on this machine", field="over") from None
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{name}: sbatch gave no answer within {MINUTE_S} s; is slurmctld up?") from None
+        if done.returncode:
+            raise Unavailable(f"{name}: sbatch refused it: {done.stderr.strip()[-200:]}")
+        jobs[name] = done.stdout.strip().split(";")[0]
+    return jobs

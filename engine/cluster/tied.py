@@ -1,0 +1,42 @@
+"""Runs a command whose life is tied to ours: it ends when our input ends, with all that it started.
+
+    python -m engine.cluster.tied COMMAND ...      exit code: that of the command, 128 + N when signal N ended it
+
+Where an engine kills who started a process, and not the process, this keeps none behind.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import BinaryIO
+
+STOP_S = 10.0
+
+
+def run(arguments: Sequence[str], source: BinaryIO) -> int:
+    """Run it until it ends or `source` does; returns the exit code."""
+    process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    threading.Thread(target=_watch, args=(process, source), daemon=True).start()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _watch(process: subprocess.Popen[bytes], source: BinaryIO) -> None:
+    while source.read1(1024):  # whatever is said is not for us
+        pass
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_S)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], sys.stdin.buffer))
