@@ -22,12 +22,13 @@ from engine.clock import Clock
 from engine.core.handoff import Parts
 from engine.errors import Malformed
 from engine.movers import parts
-from engine.movers.frames import MAX_PAYLOAD, PREFIX, Prefix, check_header, frame, read_prefix
+from engine.movers.frames import MAX_PAYLOAD, PREFIX, SPOKEN, Prefix, check_header, frame, read_prefix
 from engine.movers.geometry import Geometry
 from engine.movers.pipe import Pipe
 from engine.movers.pull import KINDS as PULLED
 from engine.movers.pull import WANT, Mover, Pull
 from engine.movers.shared import KINDS, LEND, Shared
+from engine.movers.versions import spoken
 from engine.movers.words import from_bytes
 from engine.observe.plan_bytes import MAX_BYTES
 
@@ -65,11 +66,13 @@ class Connection:
         shared_bytes: int,
         counts: Counter[str],
         mover: Mover | None = None,
+        version: int = SPOKEN.newest,
     ):
         self.pipe, self.peer, self.way = pipe, peer, way
         self.tasks: list[asyncio.Task] = []
         self._sending = asyncio.Lock()
         self._said = 0  # times
+        self._version, self._counts = version, counts
         self._geometry, self._clock, self._patience = geometry, clock, patience
         self.shared = Shared(shared_bytes, geometry, counts) if way == "bulk" and pipe.local else None
         self.pull = Pull(mover, geometry, counts) if way == "bulk" and mover is not None else None
@@ -86,7 +89,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(self._patience.frame_s) as limit:
-            prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0)
+            prefix = read_prefix(await self.pipe.take(PREFIX), MAX_BYTES, MAX_PAYLOAD if bulk else 0, self._version)
             if prefix.kind == BEAT and prefix.header == prefix.payload == 0:
                 return None
             ours = (parts.KIND, *PULLED, *(KINDS if self.shared is not None else ()))
@@ -96,7 +99,7 @@ class Connection:
             header = bytes(await self.pipe.take(prefix.header))
             check_header(prefix, header)
             if not bulk:
-                return from_bytes(prefix.kind, header, self._clock.now())
+                return from_bytes(prefix.kind, header, self._clock.now(), self._version)
             if prefix.kind == parts.KIND:
                 intake = await self._payload(parts.read_header(header, prefix.payload), prefix.payload)
             elif (intake := await self._beside(prefix, header)) is None:
@@ -144,16 +147,21 @@ class Connection:
         return intake.part()
 
     async def send(self, items: Sequence[bytes | memoryview | Parts]) -> None:
-        """Send frames that are bytes, or parts."""
+        """Send frames that are bytes, or parts; in the version of this connection."""
         pieces: deque[bytes | memoryview] = deque()
         for item in items:
-            if isinstance(item, Parts):
-                pieces.extend(await self._pieces(item))
-            else:
-                pieces.append(item)
+            for piece in await self._pieces(item) if isinstance(item, Parts) else [item]:
+                pieces.append(self._spoken(piece) if isinstance(piece, bytes) else piece)
         async with self._sending:
             self._said += 1
             await self.pipe.send(pieces)
+
+    def _spoken(self, said: bytes) -> bytes:
+        try:
+            return spoken(said, self._version)
+        except Malformed:
+            self._counts["unspoken"] += 1
+            return b""
 
     async def _pieces(self, part: Parts) -> list[bytes | memoryview]:
         sums = []
@@ -174,7 +182,7 @@ class Connection:
             return
         async with self._sending:
             self._said += 1
-            if not await self.pipe.hand(*lent):
+            if not await self.pipe.hand(self._spoken(lent[0]), lent[1]):
                 shared.stop_lending()
 
     async def answer(self) -> None:

@@ -27,7 +27,7 @@ from engine.movers import addresses, parts, words
 from engine.movers.addresses import Address
 from engine.movers.cards import WAYS, Card
 from engine.movers.connection import BATCH, Connection, Patience
-from engine.movers.frames import frame
+from engine.movers.frames import SPOKEN, Versions, frame
 from engine.movers.geometry import Geometry
 from engine.movers.greeting import Stranger, greet
 from engine.movers.outgoing import Outgoing
@@ -81,6 +81,7 @@ class Links:
         tls: Tls | None = None,
         limits: Limits | None = None,
         mover: Mover | None = None,
+        speaks: Versions = SPOKEN,
     ):
         self.name, self.geometry = name, geometry
         self.counts: Counter[str] = Counter()  # of the loop's thread
@@ -88,7 +89,7 @@ class Links:
         self.refusals: deque[str] = deque(maxlen=REMEMBERED)
         self.addresses: tuple[str, ...] = ()
         self._secret, self._on_message, self._on_lost = secret, on_message, on_lost
-        self._mover = mover
+        self._mover, self._speaks = mover, speaks
         self._clock, self._tls, self._limits = clock or SystemClock(), tls, limits or Limits()
         self._lock = threading.RLock()  # tasks that end while the loop is closed take it again
         self._channels: dict[tuple[str, str], Channel] = {}
@@ -131,7 +132,8 @@ class Links:
         if isinstance(message, Parts):
             item, size, way = message, parts.num_bytes(message), "bulk"
         else:
-            item = frame(*words.to_bytes(message, self._clock.now()))  # type: ignore[assignment]
+            version = self._speaks.newest
+            item = frame(*words.to_bytes(message, self._clock.now(), version), version=version)  # type: ignore[assignment]
             size, way = len(item), "control"
         with self._lock:
             key = receiver, way
@@ -251,7 +253,7 @@ class Links:
         try:
             async with asyncio.timeout(GREETING_S):
                 pipe = await opening
-                card = await greet(pipe, self._secret, mine, dialing)
+                card = await greet(pipe, self._secret, mine, dialing, self._speaks)
         except (Stranger, Malformed, ssl.SSLError) as error:  # of TLS too: refused certificates are told by alerts
             self._refused(stranger(error) if isinstance(error, ssl.SSLError) else error, dialing)
         except BROKEN:
@@ -261,7 +263,7 @@ class Links:
             if card.address:
                 self._introduced(card)
             about = self.geometry, self._clock, self._limits.patience, self._limits.shared_bytes, self.counts
-            made = Connection(pipe, card.name, way, *about, self._mover)
+            made = Connection(pipe, card.name, way, *about, self._mover, card.version)
         finally:
             if made is None and pipe is not None:
                 pipe.close()
