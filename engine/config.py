@@ -160,6 +160,12 @@ class Settings:
     metrics_port: int | None = row(None, PORT, "Prometheus metrics over HTTP on the admin host; default: none")
     tls_cert: Path | None = row(None, PATH, "PEM certificate chain of both listeners")
     tls_key: Path | None = row(None, PATH, "its private key")
+    tls_client_ca: Path | None = row(
+        None, PATH, "PEM certificates; clients of the public listener must show one that these signed"
+    )
+    worker_api: str = row(
+        "none", one_of("none", "vllm"), "vllm: speak vllm.grpc.engine.VllmEngine beside serac.v1, for gateways"
+    )
     token_file: Path | None = row(None, PATH, "bearer tokens, one a line; clients must send one of them")
     insecure_allow_remote: bool = row(False, SWITCH, "listen beyond this machine without TLS or a token")
     max_message_size: int = row(4 * 2**20, BYTES, "largest message accepted")

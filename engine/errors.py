@@ -3,6 +3,8 @@
     SeracError                      bug or unexpected state         INTERNAL            500  exit 1
       InvalidArgument               the request is wrong            INVALID_ARGUMENT    400
         Malformed                   bytes unlike their schema       INVALID_ARGUMENT    400  exit 2
+      Unsupported                   a part of a contract not there  UNIMPLEMENTED       501
+      Forbidden                     needs another proof of who asks PERMISSION_DENIED   403
       NotFound                      no such model, adapter, stream  NOT_FOUND           404
       AlreadyExists                 a request id that still runs    ALREADY_EXISTS      409
       Cancelled                     the client or operator left     CANCELLED           499
@@ -48,6 +50,18 @@ class InvalidArgument(SeracError):
 
 class Malformed(InvalidArgument):
     """Bytes of a file or a peer are not what their schema says."""
+
+
+class Unsupported(SeracError):
+    """The contract knows this, this server does not serve it."""
+
+    grpc, http, exit_code = "UNIMPLEMENTED", 501, 2
+
+
+class Forbidden(SeracError):
+    """Whoever asks has not shown what this needs."""
+
+    grpc, http, exit_code = "PERMISSION_DENIED", 403, 2
 
 
 class NotFound(SeracError):

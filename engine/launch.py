@@ -20,7 +20,9 @@ from engine.replica.replica import Replica
 from engine.replica.streams import Streams
 from engine.serve import process
 from engine.serve.access import Access, check_address
-from engine.serve.server import Listen, Server
+from engine.serve.server import Door, Listen, Server
+from engine.serve.vllm_engine import stubs
+from engine.serve.vllm_engine.service import VllmEngineService, descriptor
 
 BYTES = "_bytes"
 
@@ -29,7 +31,13 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 def listen_of(settings: Settings) -> Listen:
     """Where and how to listen."""
-    access = Access(settings.token_file, settings.tls_cert, settings.tls_key, settings.insecure_allow_remote)
+    access = Access(
+        token_file=settings.token_file,
+        tls_cert=settings.tls_cert,
+        tls_key=settings.tls_key,
+        tls_client_ca=settings.tls_client_ca,
+        insecure_allow_remote=settings.insecure_allow_remote,
+    )
     return Listen(
         host=settings.host,
         port=settings.port,
@@ -48,6 +56,8 @@ def serve(settings: Settings, build: Callable[[Settings, Progress], Replica], ve
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
     listen = listen_of(settings)
     listen.check()
+    if settings.worker_api == "vllm":
+        stubs.check()
     if settings.metrics_port is not None:  # scrapes bring no token, so a token guards nothing here
         open_to_all = Access(insecure_allow_remote=settings.insecure_allow_remote)
         check_address(("admin_host", "metrics_port"), settings.admin_host, settings.metrics_port, open_to_all)
@@ -59,15 +69,18 @@ def serve(settings: Settings, build: Callable[[Settings, Progress], Replica], ve
         doors["metrics"] = f"http://{settings.admin_host}:{port}/metrics"
     replica.start()
     try:
-        return asyncio.run(_serve(replica, listen, version, doors, out))
+        return asyncio.run(_serve(replica, listen, version, doors, out, worker_api=settings.worker_api == "vllm"))
     finally:
         replica.stop()
         logging.getLogger("serac").info("left")
 
 
-async def _serve(replica: Replica, listen: Listen, version: str, doors: Mapping[str, object], out: TextIO) -> int:
+async def _serve(
+    replica: Replica, listen: Listen, version: str, doors: Mapping[str, object], out: TextIO, worker_api: bool
+) -> int:
     facts = {name: banner.readable(value) for name, value in replica.describe.items()}
-    server = Server(replica, Streams(replica), listen, SystemClock(), version=version, facts=facts)
+    more = [worker_door(replica, version)] if worker_api else []
+    server = Server(replica, Streams(replica), listen, SystemClock(), version=version, facts=facts, doors=more)
 
     def announce(public: str, admin: str) -> None:
         info = replica.info
@@ -75,6 +88,14 @@ async def _serve(replica: Replica, listen: Listen, version: str, doors: Mapping[
         banner.show(f"serac {version} {info.name}", addresses | shown(replica.describe, out.isatty()), out)
 
     return await process.run(server, announce)
+
+
+def worker_door(replica: Replica, version: str) -> Door:
+    """The contract of gateways, over a replica."""
+    return lambda inference, gate: (
+        descriptor(),
+        VllmEngineService(replica, inference, gate, SystemClock(), version),
+    )
 
 
 def shown(facts: Mapping[str, object], to_person: bool) -> dict[str, object]:

@@ -19,7 +19,7 @@ BUILT = re.compile(r"\.|build$|dist$|.*\.egg-info$|__pycache__$")  # what git ig
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 FILES = [p for top in TOPS for p in sorted((ROOT / top).rglob("*.py")) if not p.name.endswith(GENERATED)]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-CLUSTERS = {Path("sim"), Path("faults"), Path("hosts")}  # tests of a whole cluster mirror no package
+CLUSTERS = {Path("sim"), Path("faults"), Path("hosts"), Path("gateway")}  # tests of a whole cluster mirror no package
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "_pickle"}
 FORBIDDEN_CALLS = {

@@ -13,9 +13,11 @@ from collections import Counter, OrderedDict
 from typing import NamedTuple
 
 from engine.core import arrivals, events, handoff
+from engine.core.blocks import News
 from engine.core.handoff import OVER, Fetch, Offer, Parts, Source, State, Stop, Stopped, Target
 from engine.core.messages import (
     FRONT,
+    Blocks,
     Cancel,
     Committed,
     Expect,
@@ -26,6 +28,7 @@ from engine.core.messages import (
     Meet,
     Over,
     Prefill,
+    Prefixes,
     Scored,
     Started,
     Submit,
@@ -38,6 +41,7 @@ from engine.core.sequence import Sequence
 
 PART_BLOCKS = 16  # most blocks in one part, unless the lane says otherwise
 EARLY = 256  # offers that came before the front's word of them, kept for it
+TOLD = 1024  # most blocks in one message to the front
 REMEMBERED = 1024  # handoffs that are over, kept to answer late questions
 
 
@@ -93,6 +97,8 @@ class Agent:
                 self._fence(lane)
             case Meet():
                 pass  # for whoever runs the links
+            case Prefixes():
+                self._tell_blocks(message.tell, message.forget)
             case handoff.Later() | Fetch() | handoff.Done() | Stop():
                 self._to_source(now, sender, message)
             case _:
@@ -190,7 +196,9 @@ class Agent:
             target = self.targets[number]
             target.state, target.reason = State.ABORTED, "the device failed"
             self._send(target.source, [Stop(number)])
+        told = self.scheduler.pool.news is not None
         self.scheduler.fail(step, message)
+        self._tell_blocks(told)
         self._take_events()
 
     def _tick(self, now: float) -> None:
@@ -290,6 +298,22 @@ class Agent:
                     self._tell(Scored(sequence.serial, *(getattr(event, name) for name in Scored.__slots__[1:])))
                 case events.Ended(sequence=sequence):
                     self._ended(event, sequence)
+        if news := self.scheduler.pool.news:
+            self.scheduler.pool.news = []
+            self._tell_news(False, news)
+
+    def _tell_blocks(self, told: bool, forget: bool = False) -> None:
+        """Tell of all that is published, then of what changes; or of nothing from now on."""
+        pool = self.scheduler.pool
+        if forget:
+            pool.forget_all()
+        pool.news = [] if told else None
+        if told:
+            self._tell_news(True, [(content.key, content) for content in pool.published])
+
+    def _tell_news(self, whole: bool, news: list[News]) -> None:
+        for first in range(0, max(len(news), 1), TOLD):
+            self._tell(Blocks(whole and first == 0, tuple(news[first : first + TOLD])))
 
     def _computed(self, sequence: Sequence, positions: int) -> None:
         if (source := self.sources.get(sequence.serial)) is None:

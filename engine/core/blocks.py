@@ -20,10 +20,19 @@ from engine.errors import OutOfBlocks
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a published block holds: the key of its whole prefix, and its own tokens to compare on a hit."""
+    """What a published block holds: the key of its whole prefix, and its own tokens to compare on a hit.
+
+    parent  the key of the block before it; of the first block, where the chain starts
+    start   where the chain starts: another for every adapter and salt
+    """
 
     key: bytes
     tokens: bytes
+    parent: bytes = b""
+    start: bytes = b""
+
+
+News = tuple[bytes, Content | None]  # a key that is published now, or not any more
 
 
 class BlockPool:
@@ -36,6 +45,12 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._content_of: dict[int, Content] = {}
         self._writing: set[int] = set()
+        self.news: list[News] | None = None  # what was published and unpublished, while somebody asks for it
+
+    @property
+    def published(self) -> list[Content]:
+        """What `share` can find."""
+        return list(self._content_of.values())
 
     @property
     def available(self) -> int:
@@ -97,15 +112,21 @@ class BlockPool:
         assert block not in self._writing, "published while it is written"
         if content.key not in self._block_of and block not in self._content_of:
             self._block_of[content.key], self._content_of[block] = block, content
+            if self.news is not None:
+                self.news.append((content.key, content))
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Unpublish `blocks`: what they hold is in doubt. Holders keep them."""
         for block in blocks:
-            if (content := self._content_of.pop(block, None)) is not None:
-                del self._block_of[content.key]
+            if block in self._content_of:
+                self._unpublish(block)
                 if block in self._cached:
                     del self._cached[block]
                     self._free.append(block)
+
+    def forget_all(self) -> None:
+        """Unpublish everything."""
+        self.forget(list(self._content_of))
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block, tail first, so that a prefix outlives its suffix."""
@@ -119,8 +140,14 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._content_of.pop(block).key]
+        self._unpublish(block)
         return block
+
+    def _unpublish(self, block: int) -> None:
+        key = self._content_of.pop(block).key
+        del self._block_of[key]
+        if self.news is not None:
+            self.news.append((key, None))
 
     def check(self, holds: Sequence[int] | None = None) -> None:
         """Assert that every block is in exactly one state and, given all `holds`, that references match them.

@@ -1,7 +1,7 @@
 """What a front and a lane say to each other. Lanes among themselves speak the words of engine/core/handoff.py.
 
-    front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence, Meet
-    lane -> front   Started, Emission, Scored, Over, Committed, Failed, Load
+    front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence, Meet, Prefixes
+    lane -> front   Started, Emission, Scored, Over, Committed, Failed, Load, Blocks
 
 A serial names one choice of one attempt, for ever: what a lane still says of an attempt that was given up bears a
 serial that nobody knows any more. A handoff's number is a serial too. Between front and lane messages arrive once
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.core.blocks import News
 from engine.core.events import Emission
 from engine.core.request import Request
 from engine.core.sequence import Part
@@ -74,6 +75,13 @@ class Meet(NamedTuple):
     lane: str
     addresses: tuple[str, ...]
     tp: int = 1
+
+
+class Prefixes(NamedTuple):
+    """Whether to tell from now on which blocks are published, and whether to unpublish all of them first."""
+
+    tell: bool
+    forget: bool
 
 
 class Started(NamedTuple):
@@ -150,5 +158,12 @@ class Load(NamedTuple):
     asked_again: int = 0  # times that blocks were asked for once more, of handoffs that are over
 
 
-ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet
-ToFront = Started | Emission | Scored | Over | Committed | Failed | Load
+class Blocks(NamedTuple):
+    """Blocks that were published and unpublished, in order. whole: what was said before holds no more."""
+
+    whole: bool
+    news: tuple[News, ...]
+
+
+ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet | Prefixes
+ToFront = Started | Emission | Scored | Over | Committed | Failed | Load | Blocks

@@ -39,6 +39,6 @@ def extend(parent: bytes, chain: Sequence[Content], tokens: np.ndarray, block_si
     contents, key = list(chain), chain[-1].key if chain else parent
     for first in range(len(contents) * block_size, len(tokens) - block_size + 1, block_size):
         block = np.ascontiguousarray(tokens[first : first + block_size], np.int32).tobytes()
-        key = digest(key, block)
-        contents.append(Content(key, block))
+        above, key = key, digest(key, block)
+        contents.append(Content(key, block, above, parent))
     return contents

@@ -25,9 +25,11 @@ import numpy as np
 
 from engine.core import messages, prefix
 from engine.core.admission import Lane, admit, least_wait
+from engine.core.blocks import Content
+from engine.core.directory import Directory, Reader
 from engine.core.events import Emission
 from engine.core.journeys import Drawn, Ended, Event, Journey, Leg, Scored, Started, Track
-from engine.core.messages import Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Submit
+from engine.core.messages import Blocks, Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Prefixes, Submit
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.roles import Role
 from engine.core.sequence import Part
@@ -70,6 +72,7 @@ class Router:
         self._due: dict[int, Journey] = {}  # open journeys with a deadline, by number
         self._where: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # blocks that a lane has computed
         self._parked: list[list[Track]] = []  # no lane is there
+        self.directory = Directory(prefix.start(root, "", b""))
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -122,6 +125,8 @@ class Router:
     def lane_up(self, name: str, role: Role) -> None:
         """A lane is ready."""
         self.lanes[name] = Lane(name, role)
+        if self.directory.read:
+            self._to(name, Prefixes(True, False))
         parked, self._parked = self._parked, []
         for tracks in parked:
             self._place([track for track in tracks if not track.over])
@@ -135,6 +140,7 @@ class Router:
         """A lane's process is gone or cut off: what it served goes on elsewhere."""
         if self.lanes.pop(name, None) is None:
             return
+        self.directory.lost(name)
         for other in self.lanes:
             self._to(other, Fence(name))
         hit = [leg for leg in self._legs.values() if leg.target == name or (leg.source == name and leg.handoff)]
@@ -148,11 +154,8 @@ class Router:
                 self._emission(message)
             case messages.Over(serial=serial) if (track := self._tracks.get(serial)) is not None:
                 self._over(track, message)
-            case messages.Started(serial=serial, cached=cached):
-                leg = self._legs.get(serial)
-                track = self._tracks.get(serial) or (leg.tracks[0] if leg is not None else None)
-                if track is not None and not (leg is not None and leg.source and serial in leg.serials):
-                    self.events.append(Started(track, cached))
+            case messages.Started():
+                self._started(message)
             case messages.Scored(serial=serial) if (track := self._tracks.get(serial)) is not None:
                 self._scored(track, message)
             case messages.Committed(handoff=number) if (leg := self._legs.get(number)) is not None:
@@ -164,6 +167,29 @@ class Router:
                 self._failed(leg, message)
             case Load() if (view := self.lanes.get(lane)) is not None:
                 view.load, view.queued = message, 0
+            case Blocks() if lane in self.lanes and self.directory.read:
+                self.directory.receive(lane, message)
+
+    # -- what can be found by prefix ------------------------------------------------------------------------------
+
+    def read_blocks(self, wake: Callable[[], None]) -> tuple[Reader, list[Content]]:
+        """A reader of the lanes' blocks, and those that are known now; lanes tell only while somebody reads."""
+        if not self.directory.read:
+            self._to_all(Prefixes(True, False))
+        return self.directory.open(wake)
+
+    def close_blocks(self, reader: Reader) -> None:
+        """It reads no more."""
+        self.directory.close(reader)
+        if not self.directory.read:
+            self._to_all(Prefixes(False, False))
+            for name in self.lanes:
+                self.directory.lost(name)
+
+    def forget_blocks(self) -> None:
+        """Let nobody find a block that is published now."""
+        self._where.clear()
+        self._to_all(Prefixes(self.directory.read, True))
 
     def tick(self, now: float) -> None:
         """End what is past its deadline, wherever it is."""
@@ -176,6 +202,12 @@ class Router:
         for lane in self.lanes.values():
             lane.run(now - self._now)
         self._now = now
+
+    def _started(self, started: messages.Started) -> None:
+        leg = self._legs.get(started.serial)
+        track = self._tracks.get(started.serial) or (leg.tracks[0] if leg is not None else None)
+        if track is not None and not (leg is not None and leg.source and started.serial in leg.serials):
+            self.events.append(Started(track, started.cached))
 
     def _emission(self, emission: Emission) -> None:
         entries = []
@@ -379,6 +411,10 @@ class Router:
     def _to(self, lane: str, message: messages.ToLane) -> None:
         if lane in self.lanes:
             self.outbox.append((lane, message))
+
+    def _to_all(self, message: messages.ToLane) -> None:
+        for name in self.lanes:
+            self._to(name, message)
 
     def check(self) -> None:
         """Assert that every open choice has one attempt or is parked. For tests and idle moments."""

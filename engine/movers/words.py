@@ -6,8 +6,6 @@ What a session carries is a map within its packet's. A `Parts` is a frame of its
 KV does not pass through msgpack. A SeracError crosses as the name of its class in engine/errors.py, its message,
 field and retry; a moment as the seconds until it, so that `now` is an argument of both sides.
 
-Versions of the protocol have a table each, so that two releases can work together (engine/movers/versions.py).
-
 Source: the fixed schemas of RELIABILITY.md 5.F; engine/observe/plan_bytes.py does the same for plans.
 """
 
@@ -18,6 +16,7 @@ import msgpack
 
 from engine import errors
 from engine.core import handoff, membership, messages
+from engine.core.blocks import Content
 from engine.core.events import Emission
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.sequence import Part
@@ -42,11 +41,10 @@ from engine.movers.fields import (
     whole,
     wholes,
 )
-from engine.movers.frames import SPOKEN
 from engine.observe.plan_bytes import MAX_BYTES, read_map
 
 TOP = 20
-LEAST_BETWEEN = 48  # sessions carry the numbers below
+KEY = 32  # bytes of a block's key
 NAME = 256  # bytes of a name
 WORDS = 4096  # bytes of a sentence
 ROLES = ("prefill", "decode", "both")
@@ -134,24 +132,53 @@ def _loads() -> Field:
     return Field({**names.schema, **counts.schema}, write, read)
 
 
-def packet(version: int) -> Field:
-    """A packet, and what it carries in that version."""
-    return group(Packet, whole("se"), whole("nu"), whole("ak"), _message(version), holds=_numbered)
+def _news() -> Field:
+    """A tuple of (key of a block, its content or None): the keys, then parents, starts and tokens of contents."""
+
+    def write(value: object, now: float) -> dict:
+        news: list = list(value)  # type: ignore[call-overload]
+        contents = [content for _, content in news if content is not None]
+        return {
+            "bk": b"".join(key for key, _ in news),
+            "bh": bytes(content is not None for _, content in news),
+            "bp": b"".join(content.parent + content.start for content in contents),
+            "bt": b"".join(content.tokens for content in contents),
+        }
+
+    def read(got: Mapping, now: float) -> object:
+        keys, links = (_cut_alike(got[key], size) for key, size in (("bk", KEY), ("bp", 2 * KEY)))
+        require(len(keys) == len(got["bh"]), "bk", f"{len(keys)} keys", "as many as there are blocks")
+        require(set(got["bh"]) <= {0, 1}, "bh", "other bytes", "0 or 1")
+        require(len(links) == sum(got["bh"]), "bp", f"{len(links)} contents", "as many as are said")
+        size, odd = divmod(len(got["bt"]), len(links) or 1)
+        require(odd == 0 and size % INT.itemsize == 0, "bt", f"{len(got['bt'])} bytes", "blocks of one size")
+        contents = iter(zip(links, _cut_alike(got["bt"], size) if size else [b""] * len(links), strict=True))
+        news: list[tuple[bytes, Content | None]] = []
+        for key, there in zip(keys, got["bh"], strict=True):
+            link, tokens = next(contents) if there else (b"", b"")
+            news.append((key, Content(key, tokens, link[:KEY], link[KEY:]) if there else None))
+        return tuple(news)
+
+    return Field(dict.fromkeys(("bk", "bh", "bp", "bt"), (bytes,)), write, read)
 
 
-def _message(version: int) -> Field:
+def _cut_alike(data: bytes, size: int) -> list[bytes]:
+    require(len(data) % size == 0, "b", f"{len(data)} bytes", f"a multiple of {size}")
+    return [data[first : first + size] for first in range(0, len(data), size)]
+
+
+def _message() -> Field:
     """What a packet carries, or None; its number is 0 then."""
 
     def write(value: object, now: float) -> dict:
-        kind, data = (0, None) if value is None else to_bytes(value, now, version)
+        kind, data = (0, None) if value is None else to_bytes(value, now)
         return {"mk": kind, "m": data}
 
     def read(got: Mapping, now: float) -> object:
         if got["m"] is None:
             return None
-        carried = got["mk"] in TABLES[version] and got["mk"] < LEAST_BETWEEN
-        require(carried, "mk", got["mk"], "a kind that sessions carry")
-        return from_bytes(got["mk"], got["m"], now, version)
+        require(got["mk"] in CARRIED, "mk", got["mk"], "a kind that sessions carry")
+        return from_bytes(got["mk"], got["m"], now)
 
     return Field({"mk": (int,), "m": (bytes, type(None))}, write, read)
 
@@ -211,6 +238,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
     20: (messages.Hold, group(messages.Hold, wholes("ss"), switch("hd"))),
     21: (messages.Fence, group(messages.Fence, text("ln", NAME))),
     22: (messages.Meet, group(messages.Meet, text("ln", NAME), texts("ad"), whole("tp", 1))),
+    23: (messages.Prefixes, group(messages.Prefixes, switch("te"), switch("fo"))),
     32: (messages.Started, group(messages.Started, SERIAL, whole("ca"))),
     33: (Emission, group(Emission, array("ss", WIDE), array("to", INT), array("po", WIDE), *FULL, holds=_alike)),
     34: (messages.Scored, group(messages.Scored, SERIAL, whole("fi"), *LINE, holds=_alike)),
@@ -221,6 +249,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
         messages.Load,
         group(messages.Load, *(whole(f"n{k}") for k in range(9)), _loads(), *(whole(f"t{k}") for k in range(9))),
     ),
+    39: (messages.Blocks, group(messages.Blocks, switch("wh"), _news())),
 }
 BETWEEN: Mapping[int, tuple[type, Field]] = {
     48: (handoff.Fetch, group(handoff.Fetch, HANDOFF, whole("g"), whole("fi"), whole("nb"), TICKET)),
@@ -238,29 +267,26 @@ BETWEEN: Mapping[int, tuple[type, Field]] = {
     ),
     65: (membership.Welcome, group(membership.Welcome, text("nm", NAME), whole("se"))),
     66: (membership.Refused, group(membership.Refused, text("nm", NAME))),
-    67: (Packet, packet(1)),
+    67: (Packet, group(Packet, whole("se"), whole("nu"), whole("ak"), _message(), holds=_numbered)),
 }
-TABLES: dict[int, Mapping[int, tuple[type, Field]]] = {1: {**CARRIED, **BETWEEN}}  # by version
-KINDS = TABLES[SPOKEN.newest]
+KINDS = {**CARRIED, **BETWEEN}
 NUMBERS = {kind: number for number, (kind, _) in KINDS.items()}
 
 
-def to_bytes(message: object, now: float, version: int = SPOKEN.newest) -> tuple[int, bytes]:
-    """(number of its kind, its map). Raises Malformed when a reader would not take it, or not so much."""
+def to_bytes(message: object, now: float) -> tuple[int, bytes]:
+    """(number of its kind, its map). Raises Malformed when a reader would not take so much."""
     number = NUMBERS[type(message)]
-    if number not in TABLES[version]:
-        raise Malformed(f"message: got one of kind {number}, which version {version} does not have")
-    data = msgpack.packb(TABLES[version][number][1].write(message, now))
+    data = msgpack.packb(KINDS[number][1].write(message, now))
     if len(data) > MAX_BYTES:
         raise Malformed(f"message: got {len(data)} bytes; expected at most {MAX_BYTES}")
     return number, data
 
 
-def from_bytes(number: int, data: bytes, now: float, version: int = SPOKEN.newest) -> object:
+def from_bytes(number: int, data: bytes, now: float) -> object:
     """The message whose bytes these are. Raises Malformed for whatever is not exactly one."""
-    if number not in TABLES[version]:
+    if number not in KINDS:
         raise Malformed(f"kind: got {number}; expected a kind of message")
-    kind, field = TABLES[version][number]
+    kind, field = KINDS[number]
     return field.read(read_map(data, field.schema, kind.__name__), now)
 
 

@@ -15,6 +15,7 @@ from engine.core.roles import Role
 
 READY, STARTING, GIVEN_UP = "ready", "starting", "given up"
 FIELDS = {  # of a lane's report, by the name of their gauge
+    "rows": "rows",
     "running": "running",
     "waiting": "waiting",
     "in_flight_steps": "flights",

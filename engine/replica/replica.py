@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from engine.clock import Clock
 from engine.core import handoff
+from engine.core.blocks import Content
+from engine.core.directory import Reader
 from engine.core.handoff import State
 from engine.core.journeys import Event, Journey
 from engine.core.messages import FRONT, ToFront
@@ -206,6 +208,27 @@ class Replica:
             self.router.cancel(entry.journey)
             self._route()
         return True
+
+    # -- what can be found by prefix ------------------------------------------------------------------------------
+
+    def read_blocks(self, wake: Callable[[], None]) -> tuple[Reader, list[Content]]:
+        """A reader of the lanes' published blocks, and those known now. `wake` is called where events are."""
+        with self._lock:
+            opened = self.router.read_blocks(wake)
+            self._route()
+        return opened
+
+    def close_blocks(self, reader: Reader) -> None:
+        """It reads no more."""
+        with self._lock:
+            self.router.close_blocks(reader)
+            self._route()
+
+    def forget_blocks(self) -> None:
+        """Let nobody find a block that is published now."""
+        with self._lock:
+            self.router.forget_blocks()
+            self._route()
 
     def taken(self, output: Output) -> None:
         """Say that `output` was read, so that paused sequences go on."""

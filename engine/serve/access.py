@@ -29,6 +29,7 @@ class Access:
     token_file: Path | None = None  # one token a line
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # who signs the certificates that clients of the public listener must show
     insecure_allow_remote: bool = False
 
 
@@ -63,9 +64,15 @@ def check_address(names: tuple[str, str], host: str, port: int, access: Access) 
             raise ConfigError(wrong(names[1], port, expected), field=names[1]) from None
 
 
-def credentials(access: Access) -> grpc.ServerCredentials | None:
-    """TLS credentials, None for plain text. Raises ConfigError for files that cannot be used."""
+def credentials(access: Access, client_ca: Path | None = None) -> grpc.ServerCredentials | None:
+    """TLS credentials, None for plain text; with `client_ca`, only for clients that it has signed.
+
+    Raises ConfigError for files that cannot be used.
+    """
     if access.tls_cert is None and access.tls_key is None:
+        if client_ca is not None:
+            expected = "--tls-cert and --tls-key beside it"
+            raise ConfigError(f"tls_client_ca: got one without TLS; expected {expected}", field="tls_client_ca")
         return None
     if access.tls_cert is None or access.tls_key is None:
         raise ConfigError("tls_cert: got one of --tls-cert and --tls-key; expected both", field="tls_cert")
@@ -74,7 +81,16 @@ def credentials(access: Access) -> grpc.ServerCredentials | None:
         raise ConfigError(f"tls_key: got {access.tls_key}; expected {expected}", field="tls_key")
     _check_certificate(access.tls_cert, access.tls_key)
     pair = (_read("tls_key", access.tls_key), _read("tls_cert", access.tls_cert))
-    return grpc.ssl_server_credentials([pair])
+    if client_ca is None:
+        return grpc.ssl_server_credentials([pair])
+    roots = _read("tls_client_ca", client_ca)
+    try:
+        ssl.create_default_context(cadata=roots.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(
+            f"tls_client_ca: got {client_ca}; expected PEM certificates", field="tls_client_ca"
+        ) from None
+    return grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
 
 
 def _check_certificate(cert: Path, key: Path) -> None:

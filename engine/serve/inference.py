@@ -9,13 +9,15 @@ Cost: a message per wake of a stream; 60-90 us each.
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from google.protobuf.message import Message
 
 from engine.clock import Clock
 from engine.core.request import MAX_SEED, Request
 from engine.errors import InvalidArgument, ResourceExhausted, wrong
-from engine.serve.contract import Replica, Stream, Streams
+from engine.serve.contract import Delta, Replica, Stream, Streams
 from engine.serve.edge import Call
 from engine.serve.gate import Gate
 from engine.serve.proto.serac.v1 import inference_pb2 as pb
@@ -55,29 +57,23 @@ class InferenceService:
 
     async def generate(self, message: pb.GenerateRequest, context: Call) -> None:
         """Write a message for everything that waits, until every choice has ended."""
-        async with self._running(message, context) as (request, stream):
+        async with self.running(message, context) as (request, stream):
             await context.send_initial_metadata(((REQUEST_ID_KEY, request.request_id),))
             answer = Answer(request, self._replica.info, pb.GenerateResponse)
             async for deltas in stream:
                 answer.add(deltas)
                 part = answer.take()
                 if part is not None:
-                    with self._patience():
-                        async with asyncio.timeout(self._stall_s):
-                            await context.write(part)
-                error = failure(deltas)
-                if error is not None:
-                    raise error
+                    await self.send(context, part)
+                self.check(deltas)
 
     async def generate_unary(self, message: pb.GenerateUnaryRequest, context: Call) -> pb.GenerateUnaryResponse:
         """All of it in one message."""
-        async with self._running(message, context) as (request, stream):
+        async with self.running(message, context) as (request, stream):
             answer = Answer(request, self._replica.info, pb.GenerateUnaryResponse)
             async for deltas in stream:
                 answer.add(deltas)
-                error = failure(deltas)
-                if error is not None:
-                    raise error
+                self.check(deltas)
             return answer.take() or pb.GenerateUnaryResponse(request_id=request.request_id)
 
     async def tokenize(self, message: pb.TokenizeRequest, context: Call) -> pb.TokenizeResponse:
@@ -120,8 +116,23 @@ class InferenceService:
             )
         return pb.AbortResponse(aborted=self._replica.abort(message.request_id))
 
+    async def send(self, context: Call, part: Message) -> None:
+        """Write a message of a stream, unless its client has stopped reading. Raises ResourceExhausted."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await context.write(part)
+        except TimeoutError:
+            raise ResourceExhausted(f"stream: the client read nothing for {self._stall_s:g} s") from None
+
+    @staticmethod
+    def check(deltas: Iterable[Delta]) -> None:
+        """Raises the error of a choice that has failed."""
+        error = failure(deltas)
+        if error is not None:
+            raise error
+
     @asynccontextmanager
-    async def _running(self, message: Generate, context: Call) -> AsyncIterator[tuple[Request, Stream]]:
+    async def running(self, message: Generate, context: Call) -> AsyncIterator[tuple[Request, Stream]]:
         """From admission to the end of the stream; whichever way the call ends, the stream is closed."""
         with self._gate.enter():
             check_names(message, self._replica.info)
@@ -144,10 +155,3 @@ class InferenceService:
         if is_long(message):
             return await asyncio.to_thread(prompt_ids, message, text, context)
         return prompt_ids(message, text, context)
-
-    @contextmanager
-    def _patience(self) -> Iterator[None]:
-        try:
-            yield
-        except TimeoutError:
-            raise ResourceExhausted(f"stream: the client read nothing for {self._stall_s:g} s") from None

@@ -7,11 +7,12 @@ options a quiet stream dies of `too_many_pings`.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -31,6 +32,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HEALTH_POLL_S = 0.5
 LAST_WRITES_S = 1.0
+Door = Callable[[InferenceService, Gate], tuple[ServiceDescriptor, object]]  # one more public service
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Listen:
             raise ConfigError(
                 f"admin_port: got {self.admin_port}; expected another port than port", field="admin_port"
             )
-        credentials(self.access)
+        credentials(self.access, self.access.tls_client_ca)
 
 
 def options(listen: Listen) -> list[tuple[str, int]]:
@@ -83,6 +85,7 @@ class Server:
         *,
         version: str = "",
         facts: Mapping[str, str] | None = None,
+        doors: Sequence[Door] = (),
     ):
         self._replica, self._listen, self._clock = replica, listen, clock
         self.gate = Gate(replica)
@@ -92,20 +95,22 @@ class Server:
         control = ControlService(replica, self.gate, clock, self.drain, version, facts or {})
         access = listen.access
         guards = [TokenGuard(read_tokens(access.token_file))] if access.token_file else []
-        self._public = self._listener(guards, {INFERENCE.full_name: handlers(INFERENCE, inference)})
-        self._admin = self._listener(guards, {CONTROL.full_name: handlers(CONTROL, control)})
+        public = [(INFERENCE, inference), *(door(inference, self.gate) for door in doors)]
+        self._public = self._listener(guards, public)
+        self._admin = self._listener(guards, [(CONTROL, control)])
+        self._names = ["", CONTROL.full_name, *(service.full_name for service, _ in public)]
         self._watch: asyncio.Task[None] | None = None
 
     def _listener(
-        self, guards: list[grpc.aio.ServerInterceptor], services: Mapping[str, grpc.GenericRpcHandler]
+        self, guards: list[grpc.aio.ServerInterceptor], services: Sequence[tuple[ServiceDescriptor, object]]
     ) -> grpc.aio.Server:
         listen = self._listen
         server = grpc.aio.server(
             interceptors=guards, options=options(listen), maximum_concurrent_rpcs=listen.max_calls
         )
-        server.add_generic_rpc_handlers(tuple(services.values()))
+        server.add_generic_rpc_handlers(tuple(handlers(service, servicer) for service, servicer in services))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = [*(service.full_name for service, _ in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
         return server
 
@@ -113,10 +118,10 @@ class Server:
         """Listen; returns the public and the admin address."""
         listen = self._listen
         listen.check()
-        secret = credentials(listen.access)
+        public, admin = credentials(listen.access, listen.access.tls_client_ca), credentials(listen.access)
         addresses = (
-            _bind(self._public, listen.host, listen.port, secret),
-            _bind(self._admin, listen.admin_host, listen.admin_port, secret),
+            _bind(self._public, listen.host, listen.port, public),
+            _bind(self._admin, listen.admin_host, listen.admin_port, admin),
         )
         await self._set_health()
         await self._public.start()
@@ -149,7 +154,7 @@ class Server:
 
     async def _set_health(self) -> None:
         status = SERVING if self.gate.ready else NOT_SERVING
-        for name in ("", INFERENCE.full_name, CONTROL.full_name):
+        for name in self._names:
             await self._health.set(name, status)
 
     async def _follow_readiness(self) -> None:

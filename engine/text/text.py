@@ -39,6 +39,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 class Text:
     """The tokenizer, templates and defaults of one model folder.
 
+    folder    where it was read from
     vocab     smallest number that every token id is below
     eos_ids   every id that ends a sequence
     bos_id    the id of bos_token, None when there is none
@@ -52,6 +53,7 @@ class Text:
             raise ModelError(
                 f"{folder}: {'not a folder' if folder.exists() else 'missing'}; expected a model folder"
             )
+        self.folder = folder
         self._path = folder / "tokenizer.json"
         self._tokenizer = load_tokenizer(self._path)
         self.vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

@@ -44,7 +44,7 @@ ROWS = (
     Mutant("let blocks that wait for a row wait behind those without", "engine.core.scheduler",
            "(self.waiting.first, self.waiting.arrived)", "(self.waiting.first,)"),
     Mutant("evict a block and still find it", "engine.core.blocks",
-           "        del self._block_of[self._content_of.pop(block).key]\n", "        pass\n"),
+           "        self._unpublish(block)\n        return block\n", "        return block\n"),
     Mutant("free one reference twice", "engine.core.blocks",
            "self._refs[block] -= 1\n", "self._refs[block] -= 1 + (self._refs[block] > 1)\n"),
     Mutant("count the draws of rows that were left", "engine.core.settle",

@@ -6,6 +6,7 @@ import random
 import numpy as np
 
 from engine.core import handoff, membership, messages
+from engine.core.blocks import Content
 from engine.core.events import Emission
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.sequence import Part
@@ -115,6 +116,10 @@ class Drawn:
         rest = self.columns(count) if self.rng.random() < 0.5 else ()
         return Emission(serials, np.arange(count, dtype=np.int32), serials // 2, *rest)
 
+    def news(self) -> tuple:
+        draw, keys = self.rng.randbytes, [self.rng.randbytes(32) for _ in range(self.rng.randrange(5))]
+        return tuple((k, Content(k, draw(64), draw(32), draw(32)) if draw(1) < b"\x80" else None) for k in keys)
+
     def packet(self) -> Packet:
         if self.rng.random() < 0.2:
             return Packet(self.whole(), 0, self.whole(), None)
@@ -139,6 +144,8 @@ class Drawn:
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
             messages.Fence: lambda: messages.Fence(self.words()),
             messages.Meet: lambda: messages.Meet(self.words(), ("127.0.0.1:1",), 1 + n()),
+            messages.Prefixes: lambda: messages.Prefixes(rng.random() < 0.5, rng.random() < 0.5),
+            messages.Blocks: lambda: messages.Blocks(rng.random() < 0.5, self.news()),
             messages.Started: lambda: messages.Started(n(), n()),
             Emission: self.emission,
             messages.Scored: lambda: messages.Scored(n(), n(), *self.columns(rng.randrange(5))),
