@@ -6,6 +6,8 @@ What a session carries is a map within its packet's. A `Parts` is a frame of its
 KV does not pass through msgpack. A SeracError crosses as the name of its class in engine/errors.py, its message,
 field and retry; a moment as the seconds until it, so that `now` is an argument of both sides.
 
+Versions of the protocol have a table each, so that two releases can work together (engine/movers/versions.py).
+
 Source: the fixed schemas of RELIABILITY.md 5.F; engine/observe/plan_bytes.py does the same for plans.
 """
 
@@ -41,9 +43,11 @@ from engine.movers.fields import (
     whole,
     wholes,
 )
+from engine.movers.frames import SPOKEN
 from engine.observe.plan_bytes import MAX_BYTES, read_map
 
 TOP = 20
+LEAST_BETWEEN = 48  # sessions carry the numbers below
 KEY = 32  # bytes of a block's key
 NAME = 256  # bytes of a name
 WORDS = 4096  # bytes of a sentence
@@ -167,18 +171,24 @@ def _cut_alike(data: bytes, size: int) -> list[bytes]:
     return [data[first : first + size] for first in range(0, len(data), size)]
 
 
-def _message() -> Field:
+def packet(version: int) -> Field:
+    """A packet, and what it carries in that version."""
+    return group(Packet, whole("se"), whole("nu"), whole("ak"), _message(version), holds=_numbered)
+
+
+def _message(version: int) -> Field:
     """What a packet carries, or None; its number is 0 then."""
 
     def write(value: object, now: float) -> dict:
-        kind, data = (0, None) if value is None else to_bytes(value, now)
+        kind, data = (0, None) if value is None else to_bytes(value, now, version)
         return {"mk": kind, "m": data}
 
     def read(got: Mapping, now: float) -> object:
         if got["m"] is None:
             return None
-        require(got["mk"] in CARRIED, "mk", got["mk"], "a kind that sessions carry")
-        return from_bytes(got["mk"], got["m"], now)
+        carried = got["mk"] in TABLES[version] and got["mk"] < LEAST_BETWEEN
+        require(carried, "mk", got["mk"], "a kind that sessions carry")
+        return from_bytes(got["mk"], got["m"], now, version)
 
     return Field({"mk": (int,), "m": (bytes, type(None))}, write, read)
 
@@ -267,26 +277,29 @@ BETWEEN: Mapping[int, tuple[type, Field]] = {
     ),
     65: (membership.Welcome, group(membership.Welcome, text("nm", NAME), whole("se"))),
     66: (membership.Refused, group(membership.Refused, text("nm", NAME))),
-    67: (Packet, group(Packet, whole("se"), whole("nu"), whole("ak"), _message(), holds=_numbered)),
+    67: (Packet, packet(1)),
 }
-KINDS = {**CARRIED, **BETWEEN}
+TABLES: dict[int, Mapping[int, tuple[type, Field]]] = {1: {**CARRIED, **BETWEEN}}  # by version
+KINDS = TABLES[SPOKEN.newest]
 NUMBERS = {kind: number for number, (kind, _) in KINDS.items()}
 
 
-def to_bytes(message: object, now: float) -> tuple[int, bytes]:
-    """(number of its kind, its map). Raises Malformed when a reader would not take so much."""
+def to_bytes(message: object, now: float, version: int = SPOKEN.newest) -> tuple[int, bytes]:
+    """(number of its kind, its map). Raises Malformed when a reader would not take it, or not so much."""
     number = NUMBERS[type(message)]
-    data = msgpack.packb(KINDS[number][1].write(message, now))
+    if number not in TABLES[version]:
+        raise Malformed(f"message: got one of kind {number}, which version {version} does not have")
+    data = msgpack.packb(TABLES[version][number][1].write(message, now))
     if len(data) > MAX_BYTES:
         raise Malformed(f"message: got {len(data)} bytes; expected at most {MAX_BYTES}")
     return number, data
 
 
-def from_bytes(number: int, data: bytes, now: float) -> object:
+def from_bytes(number: int, data: bytes, now: float, version: int = SPOKEN.newest) -> object:
     """The message whose bytes these are. Raises Malformed for whatever is not exactly one."""
-    if number not in KINDS:
+    if number not in TABLES[version]:
         raise Malformed(f"kind: got {number}; expected a kind of message")
-    kind, field = KINDS[number]
+    kind, field = TABLES[version][number]
     return field.read(read_map(data, field.schema, kind.__name__), now)
 
 
