@@ -1,6 +1,6 @@
 """The command `serac`: one function a verb, each calling into a module that is imported only then.
 
-    serac serve | generate | chat | top | plan | convert | replay | certs | bench | demo | version
+    serac serve | generate | chat | top | plan | doctor | convert | replay | certs | bench | demo | version
 
 A mistake is answered in one line, `serac: error: FIELD: got X; expected Y`, with the exit code of its error. The
 command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts itself anew with them, and says so.
@@ -28,6 +28,7 @@ PLANNED = (
     *("mesh", "lanes", "dtype", "kv_dtype", "max_model_len", "kv_memory", "block_size"),
     *("max_num_seqs", "max_num_batched_tokens", "numerics"),
 )
+EXAMINED = ("device", "compile_cache", "host", "port", "admin_host", "admin_port", "metrics_port")
 INTERRUPTED = 130
 
 
@@ -159,6 +160,31 @@ def plan(options: argparse.Namespace) -> int:
     return report(settings, options.there, memory_bytes, options.json, sys.stdout)
 
 
+def add_doctor(parser: Parser) -> None:
+    """Which hosts, and what they are meant to serve."""
+    add_settings(parser, EXAMINED)
+    parser.add_argument("--hosts", type=Path, metavar="FILE.toml", help="a cluster, as serac launch reads it")
+    parser.add_argument("--processes", metavar="N", help="this machine as N processes of one lane (default 1)")
+    parser.add_argument("--quick", action="store_true", help="leave out the model and the all-reduce")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check hosts before weights are loaded: 0 when lanes could start, 69 for a missing host, 2 for the rest."""
+    from engine import doctor_report
+    from engine.cluster import doctor, reading
+
+    settings = read_settings(options)
+    if options.hosts is None:
+        processes = config.whole(1, 64).given("--processes", options.processes or "1")
+        asked = doctor.here(settings, processes, not options.quick)
+    elif given := [name for name in ("model", "processes", *EXAMINED) if getattr(options, name, None) is not None]:
+        raise ConfigError(f"{given[0]}: got it beside --hosts; expected it in that file", field=given[0])
+    else:
+        asked = doctor.over(reading.read(options.hosts), not options.quick)
+    return doctor_report.run(asked, options.json, sys.stdout)
+
+
 def add_convert(parser: Parser) -> None:
     """The model and the artifact."""
     parser.add_argument("model", metavar="MODEL", help=config.ROWS["model"].help)
@@ -268,6 +294,7 @@ VERBS = (
     Verb("chat", "talk with a running server", add_chat, chat),
     Verb("top", "watch what a running server does, lane by lane", add_top, top),
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
+    Verb("doctor", "check hosts before weights are loaded", add_doctor, doctor),
     Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),
     Verb("replay", "run a plan log again and compare its results", add_replay, replay),
     Verb("certs", "make and show the certificates of a cluster", add_certs, certs),

@@ -69,7 +69,10 @@ QUICK = {
 }
 TOP = {
     f"engine.{part}"
-    for part in ("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm", "launch_cluster")
+    for part in (
+        *("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm", "launch_cluster"),
+        *("doctor_report", "allreduce"),
+    )
 }
 ANYTHING = QUICK | TOP | {"bench"}
 LATE = ("engine.cli",)  # imports inside functions, so that --help is instant

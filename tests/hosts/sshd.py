@@ -8,6 +8,7 @@ Debian's package, unpacked. Cost: 50 ms.
 """
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.hosts.packages import libraries, unpack
 PACKAGES = ["openssh-server", "libwrap0"]
 PORT = 2222
 START_S = 5.0
+ROOT = Path(__file__).parents[2]
 
 
 def why_not() -> str:
@@ -34,6 +36,14 @@ def keys(folder: Path, name: str) -> str:
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", folder / name], check=True, timeout=20
     )
     return (folder / f"{name}.pub").read_text()
+
+
+def python(folder: Path) -> Path:
+    """An interpreter to be named by its path, which finds this checkout from anywhere."""
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec env PYTHONPATH={ROOT} {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return script
 
 
 class Sshd:
