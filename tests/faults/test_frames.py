@@ -1,0 +1,97 @@
+"""Whatever strangers send to the ports of a cluster, its streams go on token for token and nothing grows.
+
+CI sends 600 to each port; `SERAC_FRAMES=10000 pytest tests/faults/test_frames.py -s` sends as many as that.
+"""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.faults import hostile
+from tests.faults.cluster import Cluster
+from tests.faults.test_faults import some
+
+FRAMES = int(os.environ.get("SERAC_FRAMES", "600"))
+SLOTS = {"p0": "prefill", "d0": "decode"}
+THREADS = 6
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs /proc to see who listens where")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(SLOTS) as made:
+        yield made
+
+
+def ports(cluster):
+    """Those of the workers, and that of the front, which this process is."""
+    links = cluster.replica.remote.links
+    names = {address.port: name for name, address in links._known.items()}
+    front = int(links.addresses[0].rpartition(":")[2])
+    found = [each for each in hostile.listeners(os.getpid()) if each.port == front]
+    for process in cluster.processes.values():
+        found += hostile.listeners(process.pid)
+    for each in found:
+        each.name = links.name if each.port == front else names.get(each.port, "")
+    return found
+
+
+def test_nobody_listens_beyond_this_machine(cluster):
+    found = ports(cluster)
+    assert len(found) >= 1 + len(SLOTS) and {each.host for each in found} <= set(LOOPBACK), found
+
+
+def attack(there, trap, secret, seed):
+    """How many connections were made; a twentieth of them by somebody who knows the secret."""
+    drawn = hostile.Hostile(seed, trap, hostile.recorded(there, secret) if there.name else b"")
+    for number in range(FRAMES // THREADS):
+        if there.name and number % 20 == 0:
+            hostile.as_member(there, secret, f"{seed}.{number}", drawn.nonsense())
+        else:
+            hostile.send(there, drawn.draw(), drawn.rng.random() < 0.1)
+    return FRAMES // THREADS
+
+
+def stream(cluster, busy, tag):
+    """Ask again and again for as long as `busy`; how many answers came, each held against the same alone."""
+    count = 0
+    while busy() or not count:
+        answers = some(cluster, 6, f"{tag} {count}")
+        cluster.wait(lambda: all(answer.ended for answer in answers), 60.0)  # noqa: B023
+        assert all(answer.right() for answer in answers)
+        count += len(answers)
+    return count
+
+
+def test_frames_of_strangers_harm_nobody(cluster, tmp_path):
+    cluster.wait(lambda: cluster.restored, 5.0)
+    stream(cluster, lambda: False, "before")  # connections that a handoff makes are there then
+    lanes, found, trap = set(cluster.lanes), ports(cluster), tmp_path / "trap"
+    pids = [os.getpid(), *(process.pid for process in cluster.processes.values())]
+    before = {pid: hostile.descriptors(pid) for pid in pids}
+    counts = cluster.replica.remote.links.counts
+    refused, began = counts["refused"], time.monotonic()
+    with ThreadPoolExecutor(THREADS) as pool:
+        jobs = [pool.submit(attack, each, trap, cluster.secret, seed) for each in found for seed in range(THREADS)]
+        answered = stream(cluster, lambda: not all(job.done() for job in jobs), "during")
+        sent = sum(job.result() for job in jobs)
+    took_s = time.monotonic() - began
+    assert set(cluster.lanes) == lanes and cluster.replica.router.recoveries == 0, "a lane was lost"
+    assert not trap.exists(), "somebody loaded a pickle"
+    cluster.wait(lambda: {pid: hostile.descriptors(pid) for pid in pids} == before, 10.0)
+    cluster.wait(lambda: cluster.restored, 5.0)
+    assert counts["refused"] + counts["malformed"] - refused > sent / len(found) / 2
+    cluster.replica.router.check()
+    print(f"\n{sent} connections of strangers to {len(found)} ports in {took_s:.1f} s, {answered} requests right")
+    print(f"at the front: {dict(counts)}")
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_to_each_port_harm_nobody(cluster, tmp_path, monkeypatch):
+    """Costs a quarter of a minute on two free cores."""
+    monkeypatch.setattr("tests.faults.test_frames.FRAMES", 10_000)
+    test_frames_of_strangers_harm_nobody(cluster, tmp_path)
