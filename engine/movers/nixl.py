@@ -7,7 +7,8 @@
 
 No call of the library is made on a loop: one that copies within a host copies in that very call. Its own thread for
 progress stays off, as that never sleeps. A read that its caller gave up goes on here, and holds the memory that it
-writes until the library says that it is over: releasing a handle or forgetting the peer stops no bytes.
+writes until the library says that it is over: neither releasing its handle nor forgetting the peer stops bytes that
+are on their way, it only hides them.
 It is configured to reach no further than `devices`, the loopback: what it listens at asks nobody for a secret.
 It logs to stdout, which may be a protocol: it is told to log nothing, unless the environment says otherwise.
 """
@@ -21,7 +22,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import ModuleType
 
@@ -33,26 +34,34 @@ from engine.movers.staging import Landing, Region, Staging
 INSTALL = "pip install --no-deps nixl nixl-cu12"
 QUIET = {"UCX_LOG_LEVEL": "fatal", "UCX_LOG_FILE": "stderr", "NIXL_LOG_LEVEL": "FATAL"}
 BACKEND = "UCX"
+OVER = ("DONE", "nixlRemoteDisconnectError", "nixlCancelledError")  # states in which nothing is written any more
+NAME = 32  # characters that nobody else draws
 START_S = 30.0
 ASK_S, END_S = 1.0, 5.0
 READING_S, WATCHING_S, LATE_S = 5e-5, 2e-4, 0.02  # between turns: for a read, for those of others, for what is late
 
 
-def library() -> ModuleType:
-    """The library, silent. Raises ConfigError where it is not installed."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While it is loaded, which its first agent completes, the environment says that it logs nothing."""
     added = QUIET.keys() - os.environ.keys()
     os.environ.update({name: QUIET[name] for name in added})
     raises = logging.raiseExceptions
     try:
-        import nixl
-
-        return nixl
-    except ImportError:
-        raise ConfigError(wrong("--kv-mover", "nixl", f"its library here: {INSTALL}"), field="kv_mover") from None
+        yield
     finally:
         logging.raiseExceptions = raises
         for name in added:
             del os.environ[name]
+
+
+def library() -> ModuleType:
+    """Raises ConfigError where it is not installed."""
+    try:
+        import nixl
+    except ImportError:
+        raise ConfigError(wrong("--kv-mover", "nixl", f"its library here: {INSTALL}"), field="kv_mover") from None
+    return nixl
 
 
 def failures(found: ModuleType) -> tuple[type[Exception], ...]:
@@ -64,8 +73,8 @@ def failures(found: ModuleType) -> tuple[type[Exception], ...]:
 class Read:
     """One transfer, and the memory that it writes."""
 
-    def __init__(self, into: np.ndarray, answer: "Future[None]", limit_s: float):
-        self.into, self._answer = into, answer
+    def __init__(self, peer: bytes, into: np.ndarray, answer: "Future[None]", limit_s: float):
+        self.peer, self.into, self._answer = peer, into, answer
         self._late_at = time.monotonic() + limit_s
         self.handle: object = None
 
@@ -87,43 +96,61 @@ class Agent:
 
     def __init__(self, found: ModuleType, devices: str):
         config = found.nixl_agent_config(enable_prog_thread=False, backends=[])
-        self._agent = found.nixl_agent(secrets.token_hex(16), config)
+        self._name = secrets.token_hex(NAME // 2)
+        self._agent = found.nixl_agent(self._name, config)
         self._agent.create_backend(BACKEND, {"engine_config": f"NET_DEVICES={devices}"} if devices else {})
         self._failures = failures(found)
         self._met: dict[bytes, tuple[bytes, int]] = {}  # what each was met with, how often
         self._reads: list[Read] = []
+        self._odd: list[Read] = []  # that ended so that nobody knows whether they still write
         self.watched = 0
 
     def register(self, region: Region) -> bytes:
         """What another agent needs to read these bytes, and no others."""
         address, num_bytes, memory, device = region
         found = self._agent.register_memory([(address, num_bytes, device, "")], memory)
-        return self._agent.get_partial_agent_metadata(found, True, [BACKEND])
+        return self._name.encode() + self._agent.get_partial_agent_metadata(found, True, [BACKEND])
 
     def meet(self, metadata: bytes) -> bytes:
-        """The name of an agent."""
-        name = self._agent.add_remote_agent(metadata)
-        known, times = self._met.get(name, (metadata, 0))
-        if known != metadata:
-            raise OSError("nixl: got two agents of one name")
-        self._met[name] = metadata, times + 1
+        """The name of an agent, with which its metadata begins here. Raises OSError."""
+        name, about = metadata[:NAME], metadata[NAME:]
+        known, times = self._met.get(name, (about, 0))
+        if known != about or name not in about:
+            raise OSError("nixl: got an agent under the name of another")
+        if name not in self._met and (found := self._add(name, about)) != name:
+            self._remove(found)
+            raise OSError("nixl: got another agent than it was said to be")
+        self._met[name] = about, times + 1
         return name
 
+    def _add(self, name: bytes, about: bytes) -> bytes:
+        try:
+            return self._agent.add_remote_agent(about)
+        except self._failures as error:
+            self._remove(name)  # or what it understood might stay
+            raise OSError(f"nixl: {type(error).__name__}") from None
+
     def forget(self, name: bytes) -> None:
-        """Once for each time it was met."""
-        metadata, times = self._met.pop(name)
-        if times > 1:
-            self._met[name] = metadata, times - 1
-            return
-        with contextlib.suppress(*self._failures):  # it is gone
+        """Once for each time it was met. While it is read from it stays known, or nobody could tell until when."""
+        about, times = self._met[name]
+        self._met[name] = about, times - 1
+        self._tidy(name)
+
+    def _tidy(self, name: bytes) -> None:
+        if not self._met[name][1] and not any(read.peer == name for read in self._reads):
+            del self._met[name]
+            self._remove(name)
+
+    def _remove(self, name: bytes) -> None:
+        with contextlib.suppress(*self._failures, UnicodeDecodeError):  # it is gone
             self._agent.remove_remote_agent(name)
 
-    def begin(self, name: bytes, source: Region, read: Read) -> None:
+    def begin(self, source: Region, read: Read) -> None:
         """Post it."""
         local = self._agent.get_xfer_descs([(read.into.ctypes.data, len(read.into), 0)], "DRAM")
         remote = self._agent.get_xfer_descs([(source.address, source.num_bytes, source.device)], source.memory)
         try:
-            read.handle = self._agent.initialize_xfer("READ", local, remote, name)
+            read.handle = self._agent.initialize_xfer("READ", local, remote, read.peer)
         except self._failures as error:
             read.tell(OSError(f"nixl: {type(error).__name__}"))
         else:
@@ -148,9 +175,12 @@ class Agent:
             state = type(error).__name__
         if state == "PROC":
             return
-        self._reads.remove(read)  # the library writes no more
+        self._reads.remove(read)
+        if state not in OVER:
+            self._odd.append(read)
         with contextlib.suppress(*self._failures):
             self._agent.release_xfer_handle(read.handle)
+        self._tidy(read.peer)
         read.tell(None if state == "DONE" else OSError(f"nixl: {state}"))
 
     def end(self) -> None:
@@ -167,19 +197,20 @@ class Nixl:
     """
 
     def __init__(self, num_bytes: int = 256 << 20, devices: str = "lo"):
-        found = library()
-        self._failures = failures(found)
-        self.version = f"nixl {importlib.metadata.version('nixl')}".encode()
         self.staging, self.landing = Staging(num_bytes), Landing(num_bytes)
         self._jobs: queue.SimpleQueue[Callable[[Agent], object] | None] = queue.SimpleQueue()
         self._ended = False
         made: Future[bytes] = Future()
-        self._thread = threading.Thread(target=self._run, args=(found, devices, made), name="nixl", daemon=True)
-        self._thread.start()
-        try:
-            self.metadata = made.result(START_S)
-        except (OSError, TimeoutError) as error:
-            raise ConfigError(f"--kv-mover: nixl does not work here: {error}", field="kv_mover") from None
+        with quiet():
+            found = library()
+            self._failures = failures(found)
+            self.version = f"nixl {importlib.metadata.version('nixl')}".encode()
+            self._thread = threading.Thread(target=self._run, args=(found, devices, made), name="nixl", daemon=True)
+            self._thread.start()
+            try:
+                self.metadata = made.result(START_S)
+            except (OSError, TimeoutError) as error:
+                raise ConfigError(f"--kv-mover: nixl does not work here: {error}", field="kv_mover") from None
 
     async def meet(self, metadata: bytes) -> bytes:
         """The name of another agent. Raises OSError."""
@@ -196,8 +227,8 @@ class Nixl:
     async def read(self, peer: bytes, source: Region, into: np.ndarray, limit_s: float) -> None:
         """Fill `into`, which lies in `landing`. Raises OSError; TimeoutError past the limit, when it is held on."""
         answer = _promise()
-        read = Read(into, answer, limit_s)
-        self._do(lambda agent, read=read: agent.begin(peer, source, read), answer)
+        read = Read(peer, into, answer, limit_s)
+        self._do(lambda agent, read=read: agent.begin(source, read), answer)
         del read, into
         async with asyncio.timeout(limit_s):
             await asyncio.wrap_future(answer)
@@ -222,7 +253,9 @@ class Nixl:
         def ask(agent: Agent) -> None:
             try:
                 answer.set_result(what(agent))
-            except (OSError, *self._failures) as error:
+            except OSError as error:
+                answer.set_exception(error)
+            except self._failures as error:
                 answer.set_exception(OSError(f"nixl: {type(error).__name__}"))
 
         self._do(ask, answer)
