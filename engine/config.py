@@ -131,6 +131,11 @@ class Settings:
         "auto", one_of("auto", "int8", "fp8"), "of KV blocks: 8 bits halve them, with a scale a token and head"
     )
     max_model_len: int | None = row(None, COUNT, "longest sequence, prompt and output; at most the model's context")
+    kv_mover: str = row(
+        "auto",
+        one_of("auto", "sockets", "nixl"),
+        "of KV between processes; auto: memory within a host, sockets between hosts",
+    )
     kv_memory: int | None = row(None, BYTES, "bytes of each device for KV blocks")
     block_size: int | None = row(None, BLOCK, "positions in a KV block")
     max_num_seqs: int | None = row(

@@ -30,6 +30,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 def test_every_setting_can_be_given_in_all_three_spellings(tmp_path):
     samples = {"model": "m", "mesh": "tp=2", "dtype": "float32", "device": "cpu", "numerics": "invariant"}
     samples |= {"prefix_cache": "false", "log_level": "warning", "kv_dtype": "int8", "worker_api": "vllm"}
+    samples |= {"kv_mover": "nixl"}
     for name, row in ROWS.items():
         text = samples.get(name) or next(t for t in ("16", "true", "some/path") if _reads(row, t))
         by_flag = getattr(settle({name: text}, {}), name)
