@@ -19,6 +19,7 @@ SHM_LEAST, SHM_GOOD = 64 * MIB, GIB
 NOFILE_LEAST, NOFILE_GOOD = 1024, 4096
 MEMLOCK_GOOD = 64 * MIB
 CLOCK_RATIO = 0.05  # how far monotonic and wall time may run apart
+LOOPBACK, NAMED_HERE = "lo", ("address", "loopback", "another address")
 OLDEST_S = 1_700_000_000  # a wall clock before November 2023 was never set
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*([<>=!~0-9.,\s]*)$")
 BOUND = re.compile(r"(>=|<|==|>|<=)\s*([\d.]+)")
@@ -140,6 +141,8 @@ def devices(facts: Facts, wanted: Wanted) -> Finding:
     """The GPUs that lanes take are there, usable and free."""
     if not wanted.on_gpus:
         return ok("devices", "runs on the CPU") if not facts.gpus else _idle(facts)
+    if not facts.gpus:
+        return fail("devices", "no GPU that the driver shows", "see nvidia-smi there, or device = cpu")
     if missing := [device for device in wanted.devices if device >= len(facts.gpus)]:
         words = f"has {len(facts.gpus)} GPUs, and lanes take device {missing[0]}"
         return fail("devices", words, "correct devices in its [[host]], or see nvidia-smi there")
@@ -230,7 +233,7 @@ def interface(facts: Facts, wanted: Wanted) -> Finding | None:
     if not facts.interface:
         words = "no interface has its address"
         return fail("interface", words, "correct address in its [[host]]; ip -br address shows them there")
-    if not wanted.on_gpus and facts.named != "address":
+    if not wanted.on_gpus and facts.named not in (NAMED_HERE if facts.interface == LOOPBACK else ("address",)):
         words = (
             f"its own name leads {facts.named if facts.named != 'loopback' else 'to loopback'}, where gloo listens"
         )

@@ -27,7 +27,6 @@ FRONT_CHECKS = ("python", "packages", "ports", "clock")
 APART = ("host", "interface", "network")  # what fails here lets no lane start
 CLOCK_ASKS = 5
 ANSWER_S, SHORT_S, ALLREDUCE_S = 9.0, 6.0, 90.0
-MOST_AT_ONCE = 64
 
 Row = Mapping[str, object]
 Tell = Callable[[Sequence[Finding]], None]
@@ -115,7 +114,7 @@ class Round:
         """What every host says, asked at once. One that is silent is named and left out from here on."""
         silent: list[str] = []
         found: dict[str, Answer] = {}
-        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        with ThreadPoolExecutor(len(self._examined) or 1) as pool:
             asks = {name: pool.submit(ask, each) for name, each in self._examined.items()}
             for name, answer in asks.items():
                 try:
@@ -149,8 +148,8 @@ class Round:
 
     def _wanted(self, name: str) -> Wanted:
         host = self._examined[name].host
-        alone = host.loopback or len(self._asked.hosts) == 1
-        return Wanted(self._devices(host), self._on_gpus, spanning=not alone, listens=name == self._asked.front)
+        spanning = len(self._asked.hosts) > 1 and name != LAUNCHER
+        return Wanted(self._devices(host), self._on_gpus, spanning, listens=name == self._asked.front)
 
     def _devices(self, host: Host) -> Sequence[int]:
         """The GPUs of a host that lanes take; without a topology the processes here share all of them."""
@@ -205,7 +204,7 @@ class Round:
                     rows.append({name: value for name, value in event.items() if name != "event"})
             return ""
 
-        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        with ThreadPoolExecutor(len(hosts)) as pool:
             asks = {pool.submit(one, rank, host): host for rank, host in enumerate(hosts)}
             problem = self._first_problem(asks)
         self.say(agreement.models({host.name: seen[host.name] for host in hosts if host.name in seen}, self._facts,

@@ -74,7 +74,10 @@ class Examined:
             yield event
         if event["done"] != 0:
             said = str(event["problem"]).replace(self.host.address, self.host.name)[:MOST_WORDS]
-            raise Silent(f"its process ended with code {event['done']}: {said}", "see what it says")
+            raise Silent(
+                f"its process ended with code {event['done']}: {said}",
+                "try serac doctor there alone; NCCL_DEBUG=INFO for NCCL",
+            )
 
     def close(self, seconds: float = END_S) -> None:
         """End the examiner, and with it whatever it started; by force when that takes longer."""
@@ -106,8 +109,9 @@ class Examined:
                 raise Silent(why, "is it up, and may this machine reach it?") from None
             if line == ENDED:
                 raise self._ended()
-            if line.startswith("{"):  # a shell may greet first
-                return json.loads(line)
+            with contextlib.suppress(ValueError):  # a shell may greet first
+                if isinstance(words := json.loads(line), dict):
+                    return words
 
     def _ended(self) -> Silent:
         """Why there will be no answer."""

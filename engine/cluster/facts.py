@@ -30,7 +30,7 @@ def gather(address: str, cache: Path | None, ports: Mapping[str, tuple[str, int]
     """`address` is the lane's; `ports` by what they are called: where somebody will listen."""
     requires = requirements()
     found = look(Path("/"), address)
-    free, driver = _gpus() if found.gpus else ((), "")
+    free, driver = gpus() if found.gpus else ((), "")
     names = [match[1] for each in requires if (match := REQUIREMENT.fullmatch(each))]
     return Facts(
         versions={name: _version(name) for name in names} | dict(found.versions),
@@ -68,7 +68,7 @@ def _version(name: str) -> str:
         return ""
 
 
-def _gpus() -> tuple[list[float], str]:
+def gpus() -> tuple[list[float], str]:
     """The free share of each GPU's memory, and the driver; nothing where nvidia-smi does not say."""
     try:
         said = subprocess.run(SMI, capture_output=True, text=True, timeout=SMI_S, check=True).stdout

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-DOWNLOAD_S = 60.0
+DOWNLOAD_S = 30.0
 
 
 def unpack(names: list[str]) -> Path:
@@ -26,7 +26,7 @@ def unpack(names: list[str]) -> Path:
             raise LookupError(f"{names[0]} comes as a Debian package, and there is no {tool} here")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        _call(["apt-get", "download", *names], work)
+        _call(["apt-get", "-o", "Acquire::Retries=0", "download", *names], work)
         for package in sorted(Path(work).glob("*.deb")):
             _call(["dpkg", "-x", package.name, "root"], work)
         (Path(work) / "root").chmod(0o755)
@@ -46,4 +46,4 @@ def _call(command: list[str], folder: str) -> None:
     except subprocess.TimeoutExpired:
         raise LookupError(f"{command[0]} did not end within {DOWNLOAD_S:.0f} s") from None
     if done.returncode:
-        raise LookupError(f"{' '.join(command[:2])} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise LookupError(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -3,10 +3,11 @@
     with Sshd(hosts[1], folder) as sshd:
         hosts[0].run(["ssh", *sshd.options, sshd.host.address, "true"])
 
-The client's file names its own key and its own list of known hosts, and nothing of the user's. sshd comes from
-Debian's package, unpacked. Cost: 50 ms.
+The client's file names its own key and its own list of known hosts, and nothing of the user's. sshd is the
+installed one, or comes from Debian's package, unpacked. Cost: 50 ms.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from tests.hosts.namespaces import Host
 from tests.hosts.packages import libraries, unpack
 
+INSTALLED = Path("/usr/sbin/sshd")
 PACKAGES = ["openssh-server", "libwrap0"]
 PORT = 2222
 START_S = 5.0
@@ -23,11 +25,21 @@ ROOT = Path(__file__).parents[2]
 
 def why_not() -> str:
     """Why there can be no sshd here, in a sentence; nothing when there can."""
+    if shutil.which("ssh") is None:
+        return "there is no ssh here (Debian's openssh-client brings it)"
     try:
-        unpack(PACKAGES)
+        program()
     except LookupError as error:
         return str(error)
     return ""
+
+
+def program() -> list[str]:
+    """How to call sshd. Raises LookupError in a sentence where there is none."""
+    if INSTALLED.exists():
+        return [str(INSTALLED)]
+    root = unpack(PACKAGES)
+    return ["env", f"LD_LIBRARY_PATH={libraries(root)}", str(root / "usr/sbin/sshd")]
 
 
 def keys(folder: Path, name: str) -> str:
@@ -50,7 +62,7 @@ class Sshd:
     """One server. `lines` are added to its configuration."""
 
     def __init__(self, host: Host, folder: Path, *lines: str):
-        self.host, self._root = host, unpack(PACKAGES)
+        self.host = host
         self.folder = folder / f"sshd-{host.name}"
         self.folder.mkdir()
         own, client = keys(self.folder, "host_key"), keys(self.folder, "client_key")
@@ -101,9 +113,7 @@ class Sshd:
         return "\n  ".join(lines) + "\n"
 
     def __enter__(self) -> "Sshd":
-        command = ["env", f"LD_LIBRARY_PATH={libraries(self._root)}", self._root / "usr/sbin/sshd"]
-        command += ["-D", "-f", self.folder / "config", "-E", self.log]
-        self._process = self.host.popen(command)
+        self._process = self.host.popen([*program(), "-D", "-f", self.folder / "config", "-E", self.log])
         until = time.monotonic() + START_S
         while not (self.log.exists() and "listening" in self.log.read_text()):
             if self._process.poll() is not None or time.monotonic() > until:

@@ -11,8 +11,6 @@ import pytest
 
 from tests.hosts.namespaces import Hosts, ip, leftovers, why_not
 
-REASON = why_not()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 ECHO = """
 import socket, threading
 def answer(talk):
@@ -35,6 +33,13 @@ with socket.create_connection((sys.argv[1], 4000), timeout=0.4) as talk:
             print("silence", flush=True)
             break
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here():
+    """Skips where there can be no hosts."""
+    if reason := why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture

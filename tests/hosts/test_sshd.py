@@ -15,14 +15,14 @@ from tests.hosts import namespaces, sshd
 from tests.hosts.namespaces import Hosts
 from tests.hosts.sshd import Sshd
 
-REASON = namespaces.why_not() or sshd.why_not()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 SILENT_S = 1
 WATCHED = f"sleep 97 & sleep 98 & while read -t {SILENT_S} line; do :; done; kill -9 0"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    if reason := namespaces.why_not() or sshd.why_not():
+        pytest.skip(reason)
     with Hosts(2) as hosts, Sshd(hosts[1], tmp_path_factory.mktemp("sshd")) as server:
         yield hosts, server
 

@@ -43,6 +43,7 @@ def test_a_host_that_is_well_has_nothing_to_do():
         ("packages", "fail", "jax 0.13.0", {"versions": {**WELL.versions, "jax": "0.13.0"}}),
         ("packages", "fail", "numpy is absent", {"versions": {**WELL.versions, "numpy": ""}}),
         ("devices", "fail", "has 1 GPUs, and lanes take device 1", {"gpus": ["NVIDIA H200"]}),
+        ("devices", "fail", "no GPU", {"gpus": []}),
         ("devices", "fail", "JAX has no plugin", {"gpu_problem": "JAX has no plugin"}),
         ("devices", "warn", "others hold 60% of device 1", {"gpu_free": [0.99, 0.4]}),
         ("memory", "warn", "512 MiB free", {"memory_free": 512 * MIB}),
@@ -70,6 +71,12 @@ def test_a_cpu_host_needs_no_gpus_and_its_name_must_lead_to_its_address():
     assert found("interface", replace(bare, named="loopback"), cpu).level == "fail"
     assert found("interface", replace(WELL, named="loopback")).level == "ok", "NCCL is told the interface"
     assert "beside 2 GPUs" in found("devices", WELL, cpu).words
+
+
+def test_processes_of_one_machine_need_only_that_its_name_leads_somewhere():
+    cpu, here = Wanted(spanning=True), replace(WELL, interface="lo")
+    assert found("interface", replace(here, named="another address"), cpu).level == "ok"
+    assert found("interface", replace(here, named="nothing"), cpu).level == "fail"
 
 
 def test_a_host_that_talks_with_no_other_needs_no_address():

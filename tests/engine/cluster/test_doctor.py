@@ -72,9 +72,18 @@ def test_an_examiner_listens_and_reaches_and_says_what_it_cannot(examiner):
     assert "problem" in examiner.ask({"ask": "listen", "address": ELSEWHERE, "port": 0}, 5)
 
 
-def test_an_examiner_ends_with_its_input_even_while_its_child_runs(examiner):
-    examiner._send({"ask": "allreduce", "environment": {}, "words": {}})
-    time.sleep(0.2)
+@pytest.mark.parametrize("after_s", [0.0, 0.6], ids=["at once", "while its child runs"])
+def test_an_examiner_ends_with_its_input(examiner, after_s):
+    alone = {
+        "model": "embedded",
+        "coordinator": "127.0.0.1:9",
+        "bind": None,
+        "rank": 1,
+        "processes": 2,
+        "devices": [],
+    }
+    examiner._send({"ask": "allreduce", "environment": {}, "words": alone})
+    time.sleep(after_s)
     began = time.monotonic()
     examiner.close()
     assert examiner._process.returncode == 0 and time.monotonic() - began < examined.END_S
@@ -89,6 +98,7 @@ def test_an_examiner_that_dies_is_silent_at_once(examiner):
 def test_two_processes_of_this_machine_are_well():
     found, code = look(doctor.here(settings(), 2, jax=False))
     assert code == 0, found
+    assert [each.words[:7] for each in found if each.what == "network"] == ["2 pairs"]
     what = {(each.host, each.what) for each in found}
     assert {("p0", "ports"), ("p1", "python"), ("all", "versions"), ("all", "clocks"), ("all", "network")} <= what
 
@@ -155,6 +165,32 @@ def test_the_command_prints_a_line_a_check_or_one_object(capsys):
 def test_settings_beside_a_file_of_hosts_are_refused(tmp_path, capsys):
     assert cli.main(["doctor", "--hosts", str(tmp_path / "x.toml"), "--port", "1"]) == 2
     assert "port: got it beside --hosts" in capsys.readouterr().err
+
+
+def test_what_gpus_have_free_is_what_nvidia_smi_says(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '70000, 140000, 580.1'\necho '140000, 140000, 580.1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.gpus() == ([0.5, 1.0], "580.1")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\n")
+    assert facts.gpus() == ([], "")
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_allreduce_of_all_and_is_named(monkeypatch):
+    """Costs 6 s: nobody waits for it until a heartbeat is missed."""
+    child = doctor.Round._child
+
+    def spoilt(self, rank, host, coordinator):
+        words = child(self, rank, host, coordinator)
+        return {**words, "environment": {"JAX_PLATFORMS": "none_such"}} if rank == 1 else words
+
+    monkeypatch.setattr(doctor.Round, "_child", spoilt)
+    began = time.monotonic()
+    found, code = look(doctor.here(settings(device="cpu"), 3, jax=True))
+    (one,) = [each for each in found if each.what == "allreduce"]
+    assert (one.level, one.host, code) == ("fail", "p1", 69) and "none_such" in one.words
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
