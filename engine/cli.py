@@ -255,6 +255,39 @@ def certs(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_launch(parser: Parser) -> None:
+    """The file, over what, and what is wanted of it."""
+    from engine.cluster.places import OVER
+
+    parser.add_argument(
+        "file", metavar="FILE.toml", type=Path, help="hosts, lanes over them, front, security, serve"
+    )
+    parser.add_argument("--over", choices=OVER, default="auto", help="what starts processes (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run where, and start nothing")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write scripts or manifests there")
+    parser.add_argument("--lane", metavar="NAME", help="become the rank of this lane that the environment says")
+    parser.add_argument("--rank", metavar="N", help="with --lane: that rank")
+    parser.add_argument("--front", metavar="HOST:PORT", help="with --lane: the front; default: as in the file")
+    parser.add_argument("--front-only", action="store_true", help="the front, for lanes that others start")
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="where lanes reach the front; default: as in the file"
+    )
+    parser.add_argument("--python", default="python3", metavar="PATH", help="slurm: the interpreter on all nodes")
+    parser.add_argument("--image", default="serac:latest", metavar="NAME", help="kubernetes: (default %(default)s)")
+    parser.add_argument("--namespace", default="default", metavar="NAME", help="kubernetes: (default %(default)s)")
+    parser.add_argument("--models", default="", metavar="CLAIM", help="kubernetes: a volume claim, seen at /models")
+    parser.add_argument(
+        "--ray-address", default="", metavar="ADDRESS", help="ray: default: RAY_ADDRESS, or a new one"
+    )
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Start a cluster from one file: over this machine, ssh, Slurm, Kubernetes or Ray."""
+    from engine import launch_cluster
+
+    return launch_cluster.run(options, sys.stdout)
+
+
 def bench(options: argparse.Namespace) -> int:
     """Run a measurement of the suite; the same as `python -m bench`."""
     return subprocess.call([sys.executable, "-m", "bench", *options.arguments])
@@ -301,39 +334,6 @@ VERBS = (
     Verb("bench", "measure: the same as python -m bench", add_nothing, bench),
     Verb("demo", "serve the embedded model on this machine and ask it", add_nothing, demo),
     Verb("version", "print versions", add_nothing, show_version),
-def add_launch(parser: Parser) -> None:
-    """The file, over what, and what is wanted of it."""
-    from engine.cluster.places import OVER
-
-    parser.add_argument(
-        "file", metavar="FILE.toml", type=Path, help="hosts, lanes over them, front, security, serve"
-    )
-    parser.add_argument("--over", choices=OVER, default="auto", help="what starts processes (default %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run where, and start nothing")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write scripts or manifests there")
-    parser.add_argument("--lane", metavar="NAME", help="become the rank of this lane that the environment says")
-    parser.add_argument("--rank", metavar="N", help="with --lane: that rank")
-    parser.add_argument("--front", metavar="HOST:PORT", help="with --lane: the front; default: as in the file")
-    parser.add_argument("--front-only", action="store_true", help="the front, for lanes that others start")
-    parser.add_argument(
-        "--listen", metavar="HOST:PORT", help="where lanes reach the front; default: as in the file"
-    )
-    parser.add_argument("--python", default="python3", metavar="PATH", help="slurm: the interpreter on all nodes")
-    parser.add_argument("--image", default="serac:latest", metavar="NAME", help="kubernetes: (default %(default)s)")
-    parser.add_argument("--namespace", default="default", metavar="NAME", help="kubernetes: (default %(default)s)")
-    parser.add_argument("--models", default="", metavar="CLAIM", help="kubernetes: a volume claim, seen at /models")
-    parser.add_argument(
-        "--ray-address", default="", metavar="ADDRESS", help="ray: default: RAY_ADDRESS, or a new one"
-    )
-
-
-def launch(options: argparse.Namespace) -> int:
-    """Start a cluster from one file: over this machine, ssh, Slurm, Kubernetes or Ray."""
-    from engine import launch_cluster
-
-    return launch_cluster.run(options, sys.stdout)
-
-
 )
 
 
