@@ -322,6 +322,7 @@ def show_version(options: argparse.Namespace) -> int:
 
 VERBS = (
     Verb("serve", "serve a model over gRPC", add_settings, serve),
+    Verb("launch", "start a cluster of hosts from one file", add_launch, launch),
     Verb("worker", "serve one lane for a front; started by serve --workers", add_worker, worker),
     Verb("generate", "ask a running server to go on with a text", add_generate, generate),
     Verb("chat", "talk with a running server", add_chat, chat),
@@ -368,7 +369,6 @@ def run(arguments: Sequence[str]) -> int:
     verb = verbs[name]
     if verb.run is bench:  # its options are those of the measurement
         return bench(argparse.Namespace(arguments=list(arguments[1:])))
-    Verb("launch", "start a cluster of hosts from one file", add_launch, launch),
     parser = Parser(prog=f"serac {name}", description=verb.run.__doc__)
     verb.add(parser)
     return verb.run(parser.read(arguments[1:]))
