@@ -147,7 +147,9 @@ class Connection:
         return intake.part()
 
     async def send(self, items: Sequence[bytes | memoryview | Parts]) -> None:
-        """Send frames that are bytes, or parts; in the version of this connection."""
+        """Send frames that are bytes, or parts; in the version of this connection. EOFError where it is worn."""
+        if self.way == "bulk" and self.pipe.worn:
+            raise EOFError("the next connection has a new key")
         pieces: deque[bytes | memoryview] = deque()
         for item in items:
             for piece in await self._pieces(item) if isinstance(item, Parts) else [item]:

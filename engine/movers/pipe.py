@@ -25,9 +25,16 @@ CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # not on every system
 
 
 class Wire(Protocol):
-    """What moves bytes. `local`: both ends are of one host and may hand descriptors to each other."""
+    """What moves bytes.
+
+    local   both ends are of one host and may hand descriptors to each other
+    worn    as much was sent as should be over one connection
+    """
 
     local: bool
+
+    @property
+    def worn(self) -> bool: ...
 
     async def receive(self, into: memoryview) -> int:
         """How many bytes came, at least 1; 0 when the other side has ended."""
@@ -93,6 +100,8 @@ class Ready:
 
 class PlainWire:
     """A socket as it is."""
+
+    worn = False
 
     def __init__(self, connected: socket.socket):
         self.local = connected.family == socket.AF_UNIX
@@ -179,6 +188,11 @@ class Pipe:
         self._start = self._stop = 0
         self.closed = False
         self.received = 0  # bytes
+
+    @property
+    def worn(self) -> bool:
+        """Another connection should carry what comes next."""
+        return self._wire.worn
 
     async def some(self) -> None:
         """Wait until there is something to read."""

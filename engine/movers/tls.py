@@ -99,18 +99,18 @@ class Tls:
         if left_s < WARN_S:
             logger.warning("the certificate of %s ends in %d days; serac certs renew", self.role, left_s // 86400)
 
-    def begin(self, connected: socket.socket, dialing: bool) -> ssl.SSLSocket:
-        """`connected` as a TLS socket whose handshake is still to come; then it is up to `check`."""
+    def over_memory(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, dialing: bool) -> ssl.SSLObject:
+        """TLS whose handshake is still to come; then it is up to `check`."""
         context = self._loaded.client if dialing else self._loaded.server
-        return context.wrap_socket(connected, server_side=not dialing, do_handshake_on_connect=False)
+        return context.wrap_bio(incoming, outgoing, server_side=not dialing)
 
     def wrap(self, connected: socket.socket, dialing: bool, timeout_s: float) -> ssl.SSLSocket:
         """`connected`, which blocks, as a TLS socket to a peer of a role that may be at its other end.
 
         Raises Stranger, EOFError or OSError (TimeoutError), and has closed it then.
         """
-        wrapped = self.begin(connected, dialing)
-        before = wrapped.gettimeout()
+        context, before = self._loaded.client if dialing else self._loaded.server, connected.gettimeout()
+        wrapped = context.wrap_socket(connected, server_side=not dialing, do_handshake_on_connect=False)
         try:
             wrapped.settimeout(timeout_s)
             wrapped.do_handshake()

@@ -12,7 +12,7 @@ def test_a_part_has_as_many_bytes_as_it_says():
 
 def test_every_way_moves_parts_to_another_process():
     figures = measure(1 << 16, 1)
-    assert set(figures) >= {"memcpy GB/s", "tcp", "unix", "shared", "tcp bare", "unix bare", "shared bare"}
+    assert set(figures) >= {"memcpy GB/s", "tcp", "tls", "unix", "shared", "tcp bare", "unix bare", "shared bare"}
     assert all(value > 0 for value in figures.values()) and figures["shared %"] > 50
 
 

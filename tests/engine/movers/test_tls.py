@@ -15,14 +15,17 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 
 from engine.cluster import certs
-from engine.core.handoff import Fetch
+from engine.core.handoff import Fetch, Parts
 from engine.errors import ConfigError
 from engine.movers.cards import Card, Stranger
+from engine.movers.geometry import Geometry
 from engine.movers.greeting import greet_blocking
 from engine.movers.links import Links
+from engine.movers.parts import Heads
 from engine.movers.tls import ACCEPTS, Identity, Tls, role_of
 from engine.movers.tls_wire import RECORD, secure
 
@@ -403,6 +406,27 @@ def test_bytes_of_all_sizes_come_as_they_went_through_a_narrow_socket(there):
             return await asyncio.gather(one(dialed, True), one(listener.accept()[0], False))
 
     assert asyncio.run(asyncio.wait_for(run(), 20)) == [said, said]
+
+
+def test_kv_goes_on_over_a_new_connection_when_a_key_has_had_its_share(there, monkeypatch):
+    monkeypatch.setattr("engine.movers.tls_wire.MOST_SENT", 1 << 20)
+    geometry, heard = Geometry(16, 2, 64, "float16", 16, "", ""), queue.Queue()
+    part = Parts(1, 1, 0, 16, Heads(*(np.zeros(geometry.shape(16), np.float16) for _ in range(2))))
+    tls = Tls(there / "prod" / "lane")
+    here, far = (
+        Links(name, SECRET, lambda *said: heard.put(said), lambda peer: None, geometry, tls=tls) for name in "ab"
+    )
+    with contextlib.closing(here), contextlib.closing(far):
+        here.start()
+        far.start(["127.0.0.1:0"])
+        here.meet("b", far.addresses[0])
+        for _ in range(6):  # each 2 MiB, so that every second is lost and asked for again
+            here.post("b", part)
+            with contextlib.suppress(queue.Empty):
+                heard.get(timeout=0.2)
+        here.post("b", SAID)
+        assert heard.get(timeout=5) == ("a", SAID)
+        assert here.counts["connected"] > 2 and far.counts["malformed"] == 0
 
 
 def test_the_end_of_the_other_side_is_an_end_and_changed_bytes_are_an_error(there):
