@@ -19,7 +19,7 @@ from tests.hosts.packages import libraries, unpack
 INSTALLED = Path("/usr/sbin/sshd")
 PACKAGES = ["openssh-server", "libwrap0"]
 PORT = 2222
-START_S = 5.0
+START_S = 20.0
 ROOT = Path(__file__).parents[2]
 
 
