@@ -59,6 +59,12 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory of the process."""
+    found = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(found.split()[1]) << 10
+
+
 def recorded(there: Listener, secret: bytes) -> bytes:
     """What a member of the cluster sent in a greeting that the listener took."""
     sent = []

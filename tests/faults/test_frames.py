@@ -16,6 +16,7 @@ from tests.faults.test_faults import some
 FRAMES = int(os.environ.get("SERAC_FRAMES", "600"))
 SLOTS = {"p0": "prefill", "d0": "decode"}
 THREADS = 6
+MOST_GROWN = 32 << 20
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs /proc to see who listens where")
@@ -73,6 +74,7 @@ def test_frames_of_strangers_harm_nobody(cluster, tmp_path):
     lanes, found, trap = set(cluster.lanes), ports(cluster), tmp_path / "trap"
     pids = [os.getpid(), *(process.pid for process in cluster.processes.values())]
     before = {pid: hostile.descriptors(pid) for pid in pids}
+    memory = {process.pid: hostile.resident_bytes(process.pid) for process in cluster.processes.values()}
     counts = cluster.replica.remote.links.counts
     refused, began = counts["refused"], time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -86,7 +88,10 @@ def test_frames_of_strangers_harm_nobody(cluster, tmp_path):
     cluster.wait(lambda: cluster.restored, 5.0)
     assert counts["refused"] + counts["malformed"] - refused > sent / len(found) / 2
     cluster.replica.router.check()
+    grown = max(hostile.resident_bytes(pid) - bytes_before for pid, bytes_before in memory.items())
+    assert grown < MOST_GROWN, f"a worker has {grown >> 20} MiB more"
     print(f"\n{sent} connections of strangers to {len(found)} ports in {took_s:.1f} s, {answered} requests right")
+    print(f"a worker has grown by {grown / 2**20:.1f} MiB at most")
     print(f"at the front: {dict(counts)}")
 
 
