@@ -172,17 +172,17 @@ def add_doctor(parser: Parser) -> None:
 def doctor(options: argparse.Namespace) -> int:
     """Check hosts before weights are loaded: 0 when lanes could start, 69 for a missing host, 2 for the rest."""
     from engine import doctor_report
-    from engine.cluster import doctor, reading
+    from engine.cluster import asked, reading
 
     settings = read_settings(options)
     if options.hosts is None:
         processes = config.whole(1, 64).given("--processes", options.processes or "1")
-        asked = doctor.here(settings, processes, not options.quick)
+        hosts = asked.here(settings, processes, not options.quick)
     elif given := [name for name in ("model", "processes", *EXAMINED) if getattr(options, name, None) is not None]:
         raise ConfigError(f"{given[0]}: got it beside --hosts; expected it in that file", field=given[0])
     else:
-        asked = doctor.over(reading.read(options.hosts), not options.quick)
-    return doctor_report.run(asked, options.json, sys.stdout)
+        hosts = asked.over(reading.read(options.hosts), not options.quick)
+    return doctor_report.run(hosts, options.json, sys.stdout)
 
 
 def add_convert(parser: Parser) -> None:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from engine.cluster import doctor
+from engine.cluster.asked import Asked
 from engine.cluster.checks import Finding
 from engine.tables import show_table
 
 SIZES = ("B", "KiB", "MiB", "GiB")
 
 
-def run(asked: doctor.Asked, as_json: bool, out: TextIO) -> int:
+def run(asked: Asked, as_json: bool, out: TextIO) -> int:
     """Look, print; the exit code."""
     found: list[Finding] = []
     width = max(len(name) for name in (asked.front, *(host.name for host in asked.hosts)))

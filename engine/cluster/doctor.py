@@ -10,19 +10,16 @@ about a second, whatever the number of hosts; with JAX (the model and the all-re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from engine.cluster import agreement, checks
 from engine.cluster.agreement import Seen
+from engine.cluster.asked import LAUNCHER, Asked, unguarded
 from engine.cluster.checks import Facts, Finding, Wanted
 from engine.cluster.examined import Examined, Silent
-from engine.cluster.topology import LOOPBACK, Host, Security, Topology
-from engine.config import Settings
+from engine.cluster.topology import LOOPBACK, Host
 from engine.environment import DEVICE_COUNT
-from engine.errors import ConfigError
 
-LAUNCHER = "this machine"
 FRONT_CHECKS = ("python", "packages", "ports", "clock")
 APART = ("host", "interface", "network")  # what fails here lets no lane start
 CLOCK_ASKS = 5
@@ -31,44 +28,6 @@ ANSWER_S, SHORT_S, ALLREDUCE_S = 9.0, 6.0, 90.0
 Row = Mapping[str, object]
 Tell = Callable[[Sequence[Finding]], None]
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to look at. `front` names the host whose ports are asked for; this machine where it is none of them."""
-
-    hosts: Sequence[Host]
-    settings: Settings
-    security: Security = field(default_factory=Security)
-    front: str = LAUNCHER
-    jax: bool = True  # the model and the all-reduce too
-
-    @property
-    def ports(self) -> dict[str, tuple[str, int]]:
-        """Where the front will listen, by what it is called."""
-        settings = self.settings
-        found = {"port": (settings.host, settings.port), "admin_port": (settings.admin_host, settings.admin_port)}
-        if settings.metrics_port is not None:
-            found["metrics_port"] = (settings.admin_host, settings.metrics_port)
-        return {f"{name} {where[1]}": where for name, where in found.items()}
-
-
-def here(settings: Settings, processes: int, jax: bool) -> Asked:
-    """This machine, as one host or as the processes that one lane would have here."""
-    if processes == 1:
-        return Asked([Host(LAUNCHER, LOOPBACK)], settings, jax=jax)
-    hosts = [Host(f"p{rank}", LOOPBACK) for rank in range(processes)]
-    return Asked(hosts, settings, front="p0", jax=jax)
-
-
-def over(topology: Topology, jax: bool) -> Asked:
-    """The hosts of a cluster. Raises ConfigError for one without an address."""
-    for host in topology.hosts:
-        if not host.address:
-            raise ConfigError(
-                f"address: host {host.name} has none; expected where the others reach it", field="address"
-            )
-    return Asked(topology.hosts, topology.settings, topology.security, topology.front.on or LAUNCHER, jax)
 
 
 def run(asked: Asked, tell: Tell) -> tuple[int, list[Row]]:
@@ -191,6 +150,10 @@ class Round:
         hosts = self.lanes
         if any(each.level == "fail" and each.what in APART for each in self.findings):
             self.say([checks.warn("allreduce", "left out", "mend the above first")._replace(host="all")])
+            return []
+        if why := unguarded(hosts, self._asked.security):
+            todo = "its coordinator knows no passwords: private addresses, and trusted_network = true in [security]"
+            self.say([checks.warn("allreduce", f"left out: {why}", todo)._replace(host="all")])
             return []
         coordinator = self._coordinator(hosts[0])
         seen: dict[str, Seen] = {}

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from engine import cli
-from engine.cluster import doctor, examined, facts
+from engine.cluster import asked, doctor, examined, facts
 from engine.cluster.examined import Examined, Silent
 from engine.cluster.topology import Host, Security
 from engine.config import Settings
@@ -28,10 +28,10 @@ def examiner():
     with_pipe.close()
 
 
-def look(asked):
+def look(what):
     """All findings, and the exit code."""
     found = []
-    code, _ = doctor.run(asked, found.extend)
+    code, _ = doctor.run(what, found.extend)
     return found, code
 
 
@@ -96,7 +96,7 @@ def test_an_examiner_that_dies_is_silent_at_once(examiner):
 
 
 def test_two_processes_of_this_machine_are_well():
-    found, code = look(doctor.here(settings(), 2, jax=False))
+    found, code = look(asked.here(settings(), 2, jax=False))
     assert code == 0, found
     assert [each.words[:7] for each in found if each.what == "network"] == ["2 pairs"]
     what = {(each.host, each.what) for each in found}
@@ -106,7 +106,7 @@ def test_two_processes_of_this_machine_are_well():
 def test_a_port_that_somebody_has_is_named_by_its_setting():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        found, code = look(doctor.here(Settings(port=port, admin_port=free_port()), 1, jax=False))
+        found, code = look(asked.here(Settings(port=port, admin_port=free_port()), 1, jax=False))
     (ports,) = [each for each in found if each.what == "ports"]
     assert code == 2 and ports.level == "fail" and ports.words == f"taken: port {port}"
 
@@ -117,7 +117,7 @@ def test_a_host_that_says_nothing_is_named_in_time_and_the_others_are_looked_at(
     hosts = [Host("h0", "127.0.0.1", (0,)), Host("h1", ELSEWHERE, (0,))]
     began = time.monotonic()
     times = []
-    code, rows = doctor.run(doctor.Asked(hosts, settings(device="cpu")),
+    code, rows = doctor.run(asked.Asked(hosts, settings(device="cpu")),
                             lambda some: times.extend((time.monotonic(), each) for each in some))  # fmt: skip
     at, silent = next((at, each) for at, each in times if each.what == "host")
     assert silent.host == "h1" and "no answer within" in silent.words and silent.todo
@@ -136,10 +136,24 @@ def test_a_host_that_says_nothing_is_named_in_time_and_the_others_are_looked_at(
 )
 def test_why_ssh_fails_is_said_without_addresses(ssh, script, words):
     ssh(script)
-    found, code = look(doctor.Asked([Host("h1", ELSEWHERE, (0,))], settings(device="cpu")))
+    found, code = look(asked.Asked([Host("h1", ELSEWHERE, (0,))], settings(device="cpu")))
     (silent,) = [each for each in found if each.what == "host"]
     assert words in silent.words and silent.todo and code == 69
     assert not any(ELSEWHERE in each.words + each.todo for each in found)
+
+
+def test_jax_talks_between_hosts_only_where_a_lane_over_them_could():
+    trusted = Security(trusted_network=True)
+
+    def at(*addresses):
+        return [Host(f"h{k}", address) for k, address in enumerate(addresses)]
+
+    assert asked.unguarded(at("10.0.0.1", "10.0.0.2"), trusted) == ""
+    assert "trusted" in asked.unguarded(at("10.0.0.1", "10.0.0.2"), Security())
+    assert "h1 is not a private" in asked.unguarded(at("10.0.0.1", "8.8.8.8"), trusted)
+    assert "h0 is not a private" in asked.unguarded(at("a.name", "10.0.0.1"), trusted)
+    assert asked.unguarded(at("127.0.0.1", "127.0.0.1"), Security()) == ""
+    assert asked.unguarded(at("8.8.8.8"), Security()) == "", "one process talks with nobody"
 
 
 def test_a_cache_that_others_may_enter_is_told(tmp_path):
@@ -187,7 +201,7 @@ def test_a_process_that_fails_ends_the_allreduce_of_all_and_is_named(monkeypatch
 
     monkeypatch.setattr(doctor.Round, "_child", spoilt)
     began = time.monotonic()
-    found, code = look(doctor.here(settings(device="cpu"), 3, jax=True))
+    found, code = look(asked.here(settings(device="cpu"), 3, jax=True))
     (one,) = [each for each in found if each.what == "allreduce"]
     assert (one.level, one.host, code) == ("fail", "p1", 69) and "none_such" in one.words
     assert time.monotonic() - began < 20
@@ -205,6 +219,6 @@ def test_an_allreduce_over_two_processes_makes_a_table():
 @pytest.mark.slow
 def test_a_model_that_is_not_there_is_told_by_what_would_load_it():
     """Costs 4 s."""
-    found, code = look(doctor.here(settings(model="/nonexistent", device="cpu"), 1, jax=True))
+    found, code = look(asked.here(settings(model="/nonexistent", device="cpu"), 1, jax=True))
     (model,) = [each for each in found if each.what == "model"]
     assert code == 2 and model.level == "fail" and model.todo
