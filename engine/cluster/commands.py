@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from engine.cluster.found import Found, bind
 from engine.cluster.supervisor import Command
-from engine.cluster.topology import Placed, Topology
+from engine.cluster.topology import LOCAL, LOOPBACK, Placed, Topology
 from engine.config import ROWS, Value
-from engine.environment import DEVICE_COUNT
+from engine.environment import DEVICE_COUNT, virtual_devices
 from engine.errors import ConfigError
 
 LANE = "lane"  # the folder of a worker's certificates among those of serac certs init
@@ -39,11 +39,11 @@ def settings_flags(serve: Mapping[str, Value]) -> list[str]:
 
 def worker(topology: Topology, placed: Placed, front: str = "", interface: str = "") -> list[str]:
     """The arguments of `serac` for one process. `interface`: its address, where the topology does not say it."""
-    lane = placed.lane
+    lane, interface = placed.lane, interface or placed.host.address
     words = ["worker", str(topology.serve.get("model", ROWS["model"].default)), *settings_flags(topology.serve)]
     words += [f"--lane={lane.name}", f"--role={lane.role}", f"--mesh=tp={lane.tp}", f"--rank={placed.rank}"]
     words += [f"--processes={len(lane.hosts)}", f"--devices={','.join(map(str, placed.devices))}"]
-    words += [f"--lane-interface={interface or placed.host.address}"]
+    words += [f"--lane-interface={LOOPBACK if interface == LOCAL else interface}"]
     if topology.security.certs is not None:
         words += [f"--certs={topology.security.certs / LANE}"]
     words += ["--trusted-network"] * topology.security.trusted_network
@@ -77,7 +77,7 @@ def environment(topology: Topology, placed: Placed, found: Found) -> dict[str, s
     """What must be set for one process, and nothing else."""
     made = {} if topology.security.secret_file is None else {SECRET_FILE: str(topology.security.secret_file)}
     if not _on_gpus(topology, found):
-        return made | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{DEVICE_COUNT}={len(placed.devices)}"}
+        return made | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{DEVICE_COUNT}={virtual_devices(len(placed.devices))}"}
     made |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, placed.devices))}
     if found.interface:
         made["NCCL_SOCKET_IFNAME"] = f"={found.interface}"  # = : that name, not all that begin so

@@ -83,9 +83,9 @@ def nodes_of(text: str) -> list[str]:
             raise ConfigError("SLURM_JOB_NODELIST: expected names such as n[1-3,07],m", field="SLURM_JOB_NODELIST")
         ends = nodes_of(match[3]) if match[3] else [""]
         middles = [number for part in (match[2] or "").split(",") for number in _numbers(part)]
-        found += [match[1] + middle + end for middle in middles for end in ends]
-        if len(found) > MOST_NODES:
+        if len(found) + len(middles) * len(ends) > MOST_NODES:
             raise ConfigError(f"SLURM_JOB_NODELIST: more than {MOST_NODES} names", field="SLURM_JOB_NODELIST")
+        found += [match[1] + middle + end for middle in middles for end in ends]
     return found
 
 

@@ -43,8 +43,8 @@ def _of_hosts(hosts: Sequence[Host]) -> Iterator[tuple[Where, str]]:
     for index, host in enumerate(hosts):
         if not HOST_NAME.fullmatch(host.name):
             yield ("host", index, "name"), wrong("name", host.name, "letters, digits, . - and _")
-        if host.address and not (ip(host.address) or _could_be_a_name(host.address)):
-            yield ("host", index, "address"), wrong("address", host.address, "an IP address or a host's name")
+        if host.address not in ("", LOCAL) and ip(host.address) is None:
+            yield ("host", index, "address"), wrong("address", host.address, "an IP address")
         if not host.devices or len(set(host.devices)) < len(host.devices) or min(host.devices) < 0:
             got = list(host.devices)
             yield ("host", index, "devices"), wrong("devices", got, "a count > 0 or numbers >= 0, each once")
@@ -142,11 +142,6 @@ def _of_front(topology: Topology) -> Iterator[tuple[Where, str]]:
     if certs is None and not listens.loopback:
         words = "address: got one that is not loopback, without TLS between processes; give certs in [security], "
         yield ("front", 0, "address"), words + "which serac certs init makes"
-
-
-def _could_be_a_name(address: str) -> bool:
-    """Whether a resolver may know it; what is digits and dots alone was meant as an IP address."""
-    return bool(HOST_NAME.fullmatch(address)) and not re.fullmatch(r"[\d.]+", address)
 
 
 def private(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

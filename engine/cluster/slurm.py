@@ -2,23 +2,26 @@
 
     sbatch NAME-front.sh     serac launch FILE --front-only
     sbatch NAME-p0.sh        srun --kill-on-bad-exit=1 --distribution=arbitrary serac launch FILE --lane=p0
-    a rank ends              the others are killed, and the job is queued again, at most MOST_RESTARTS times
+    a rank ends              srun ends the others, and the script starts all of them again on the same nodes
+    too often                the script ends with 75: queued again where slurm.conf has RequeueExit=75
 
-srun gives ranks by its own order of nodes; the arbitrary distribution takes that of SLURM_HOSTFILE, which is
-lane.hosts. Its exit code is the highest of all ranks, and those killed have a high one: so a job is queued again
-for every code but those that another try cannot mend.
+The hosts of a lane are named, so a job that is queued again gets the same nodes, half a minute later at best: hence
+the script starts again by itself, and --requeue is for nodes that fail. srun orders ranks by its own list of nodes;
+the arbitrary distribution takes that of SLURM_HOSTFILE, which is lane.hosts. Its exit code is the highest of all
+ranks, and those it ended have a high one: so all but the final codes mean another start.
 """
 
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.cluster.topology import Topology
 from engine.errors import ConfigError, Unavailable
 from engine.lanes import LaneSpec
 
-MOST_RESTARTS = 5
+MOST_STARTS, STEADY_S = 6, 60  # as the supervisor has them
+AGAIN = 75
 FINAL = (0, 2, 78)  # drained, configuration, versions
 MINUTE_S = 60
 
@@ -37,14 +40,22 @@ export SLURM_HOSTFILE="$(mktemp)"
 trap 'rm -f "$SLURM_HOSTFILE"' EXIT
 printf '%s\\n' {hosts} > "$SLURM_HOSTFILE"
 """
-TAIL = """\
-code=$?
-case $code in {final}) exit $code ;; esac
-if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
-  echo "{job}: exit code $code; queued again" >&2
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
+LIFE = """\
+starts=0
+while :; do
+  began=$SECONDS
+  {run}
+  code=$?
+  case $code in {final}) exit $code ;; esac
+  if [ $((SECONDS - began)) -gt {steady} ]; then starts=0; fi
+  starts=$((starts + 1))
+  if [ $starts -ge {most} ]; then
+    echo "{job}: exit code $code; given up" >&2
+    exit {again}
+  fi
+  echo "{job}: exit code $code; started again" >&2
+  sleep $((1 << (starts - 1)))
+done
 """
 
 
@@ -69,8 +80,8 @@ def check(topology: Topology) -> None:
 def _front(topology: Topology, file: Path, python: str) -> str:
     job = f"{topology.name}-front"
     more = f"#SBATCH --nodelist={topology.front.on}\n" if topology.front.on else ""
-    run = shlex.join(["srun", "--ntasks=1", python, "-m", "engine.cli", "launch", str(file), "--front-only"])
-    return HEAD.format(job=job, nodes=1, ntasks=1, more=more) + run + "\n" + _tail(job)
+    run = ["srun", "--ntasks=1", python, "-m", "engine.cli", "launch", str(file), "--front-only"]
+    return HEAD.format(job=job, nodes=1, ntasks=1, more=more) + _life(job, run)
 
 
 def _lane(topology: Topology, lane: LaneSpec, file: Path, python: str) -> str:
@@ -81,12 +92,13 @@ def _lane(topology: Topology, lane: LaneSpec, file: Path, python: str) -> str:
         more += f"#SBATCH --gres=gpu:{lane.tp // len(lane.hosts) * most}\n"
     command = [python, "-m", "engine.cli", "launch", str(file), f"--lane={lane.name}"]
     run = ["srun", "--kill-on-bad-exit=1", "--distribution=arbitrary", f"--ntasks={len(lane.hosts)}", *command]
-    body = ORDER.format(hosts=shlex.join(lane.hosts)) + shlex.join(run) + "\n"
-    return HEAD.format(job=job, nodes=len(nodes), ntasks=len(lane.hosts), more=more) + body + _tail(job)
+    head = HEAD.format(job=job, nodes=len(nodes), ntasks=len(lane.hosts), more=more)
+    return head + ORDER.format(hosts=shlex.join(lane.hosts)) + _life(job, run)
 
 
-def _tail(job: str) -> str:
-    return TAIL.format(job=job, final="|".join(map(str, FINAL)), most=MOST_RESTARTS)
+def _life(job: str, run: Sequence[str]) -> str:
+    final = "|".join(map(str, FINAL))
+    return LIFE.format(job=job, run=shlex.join(run), final=final, steady=STEADY_S, most=MOST_STARTS, again=AGAIN)
 
 
 def submit(made: Mapping[str, str]) -> dict[str, str]:

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import BinaryIO
 
 STOP_S = 10.0
 
 
-def run(arguments: Sequence[str], source: BinaryIO) -> int:
-    """Run it until it ends or `source` does; returns the exit code."""
+def run(arguments: Sequence[str], source: int) -> int:
+    """Run it until it ends or the file of number `source` does; returns the exit code."""
     process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     threading.Thread(target=_watch, args=(process, source), daemon=True).start()
@@ -25,8 +24,8 @@ def run(arguments: Sequence[str], source: BinaryIO) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _watch(process: subprocess.Popen[bytes], source: BinaryIO) -> None:
-    while source.read1(1024):  # whatever is said is not for us
+def _watch(process: subprocess.Popen[bytes], source: int) -> None:
+    while os.read(source, 1024):  # whatever is said is not for us
         pass
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -39,4 +38,4 @@ def _watch(process: subprocess.Popen[bytes], source: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], sys.stdin.buffer))
+    sys.exit(run(sys.argv[1:], sys.stdin.fileno()))

@@ -96,7 +96,7 @@ MISTAKES = [
         "28:1: hosts: h1 is over-subscribed: rank 0 of d1 takes 2 devices, and 0 of its 2 are",
     ),
     ("port = 2222", "port = 70000", "10:1: port: got '70000'; expected a port"),
-    ("10.0.0.2", "10.0.0.299", "14:1: address: got '10.0.0.299'; expected an IP address or a host's name"),
+    ("10.0.0.2", "10.0.0.299", "14:1: address: got '10.0.0.299'; expected an IP address"),
     ("10.0.0.2", "-oProxyCommand=x", "14:1: address: got '-oProxyCommand=x'; expected an IP address"),
     ("10.0.0.2", "10.0.0.1", "15:1: devices: 0 of this address is h0's already"),
     (
