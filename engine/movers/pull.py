@@ -8,8 +8,8 @@
       Refused(offset) ----------------------------------->  the part goes through the socket, and then it is free
 
 Tickets, generations, checksums, order and losses are those of every connection. The receiver pulls and the sender
-never pushes, so that nothing lands which was not asked for, each end chooses the memory of its own side alone, and
-what the sender keeps is read for only as long as it holds the slot; a push is not faster (README.md).
+never pushes: nothing lands that was not asked for, no address of the receiver is told to anybody, and what is late
+disturbs the one that gave it up alone. Within a host a push is as fast (README.md).
 A pull that fails or takes too long is refused, and everything after it goes through the socket until the connection
 is a new one. Who never says Want is sent nothing by this way, after one wait of ASKED_S.
 
@@ -217,6 +217,9 @@ class Pull:
             return []
         if (offset := await self._take(size)) is None:
             self._counts["unpulled"] += 1
+            return []
+        if not self._wanted:  # any more
+            self._mover.staging.give(offset)
             return []
         self._placed[offset] = size, header
         self._mover.watch(1)

@@ -6,18 +6,20 @@ What pulls is a stand-in here, that reads by address; test_nixl.py has the libra
 import asyncio
 import contextlib
 import ctypes
+from collections import Counter
 
 import pytest
 from drawn_messages import GEOMETRY, same
 from ends import ROOM, SECRET, End, Memory, crosses, part, until
 
+from engine.errors import Malformed
 from engine.movers import pull
 from engine.movers.addresses import parse
 from engine.movers.cards import Card
 from engine.movers.frames import frame
 from engine.movers.greeting import greet
 from engine.movers.parts import header_of, num_bytes, sums_by_head
-from engine.movers.pull import ABOUT, DONE, OFFER, OFFSET, PLACE, PLACED, REFUSED, WANT
+from engine.movers.pull import ABOUT, DONE, OFFER, OFFSET, PLACE, PLACED, REFUSED, WANT, Pull
 from engine.movers.sockets import dial
 
 
@@ -144,6 +146,22 @@ def test_a_connection_that_ends_gives_back_its_slots_and_forgets_the_peer(pair, 
     until(lambda: crosses(here, there, part(2)) and here.counts["pulled"])
 
 
+def test_a_connection_that_ends_while_a_part_waits_for_room_takes_none():
+    async def ended_while_it_waits():
+        mover = Memory(set(), 8192)
+        ended = Pull(mover, GEOMETRY, Counter())
+        await ended.heard(WANT, mover.version)
+        assert len(await ended.place(part(0), b"")) == 2
+        waiting = asyncio.create_task(ended.place(part(1), b""))
+        await asyncio.sleep(0.01)
+        ended.close()
+        return await waiting, len(mover.staging.slots), mover.watched
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pull, "SOCKET_RATE", 8192 / 5.0)
+        assert asyncio.run(ended_while_it_waits()) == ([], 0, 0)
+
+
 # -- who knows the secret and talks nonsense -----------------------------------------------------------------------
 
 
@@ -227,3 +245,22 @@ def test_a_slot_that_was_answered_is_not_answered_again(pair):
     until(lambda: len(here.mover.staging.slots) == here.mover.watched == 0)
     here.links.meet("d0", there.links.addresses[0])
     assert crosses(here, there, part(1))
+
+
+def test_a_slot_that_the_socket_is_sending_is_not_answered_and_is_free_once_it_was_sent():
+    async def sends():
+        mover = Memory(set())
+        one = Pull(mover, GEOMETRY, Counter())
+        await one.heard(WANT, mover.version)
+        await one.place(part(0), b"header")
+        await one.heard(REFUSED, OFFSET.pack(0))
+        *_, payload = await one.said()
+        assert bytes(payload) == b"".join(each.tobytes() for each in part(0).staged[:2])
+        with pytest.raises(Malformed, match="not in use"):
+            await one.heard(DONE, OFFSET.pack(0))
+        assert len(mover.staging.slots) == 1
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one.said(), 0.01)
+        return len(mover.staging.slots)
+
+    assert asyncio.run(sends()) == 0
