@@ -1,12 +1,13 @@
 """KV blocks from one process to another on this machine, beside copying as many bytes.
 
-    memcpy | tcp | tls | unix | shared | three of them bare | memcpy | ... in turns -> ratios within each turn
+    memcpy | tcp | tls | unix | shared | nixl | some of them bare | memcpy | ... in turns -> ratios within each turn
 
 tcp, unix   `Parts` as lanes exchange them: links of two processes, checksums taken by the one and verified by the
             other, into a fresh buffer of the receiver
 tls         the same as tcp under mutual TLS 1.3, with certificates made for the purpose
 shared      the same over a unix socket whose ends share memory: checksums of the bytes where they lie
-bare        the same bytes the same way and nothing else (bench/wire_bare.py)
+nixl        the receiver's agent reads it out of the sender's memory; where the library is installed
+bare        the same bytes the same way and nothing else (bench/wire_bare.py, bench/wire_nixl.py)
 
 A ratio is the time of a memcpy, between two buffers that are warm, over that of the move: above 1 is faster. A few
 parts are on their way at a time; the clock stops when the receiver has said that it has the last.
@@ -30,11 +31,13 @@ import numpy as np
 
 from bench.record import parser, record, show
 from bench.wire_bare import TOGETHER, Bare, BareShared, lent, swallow
+from bench.wire_nixl import BareNixl, installed, pulled
 from engine.cluster import certs
 from engine.core.handoff import Done, Parts
 from engine.movers import addresses
 from engine.movers.geometry import Geometry
 from engine.movers.links import Limits, Links
+from engine.movers.nixl import Nixl
 from engine.movers.parts import Heads
 from engine.movers.sockets import address_of, listening
 from engine.movers.tls import Tls
@@ -44,8 +47,9 @@ LAYER_BYTES = 2 * KV_HEADS * BLOCK * HEAD_WIDTH * 2
 SIZES = tuple(1 << power for power in (16, 18, 20, 22, 24, 26))
 RUN_BYTES = 64 << 20  # small parts are repeated
 MOST = 200  # times
-WAYS = ("tcp", "tls", "unix", "shared")
-BARE = ("tcp", "unix", "shared")
+WAYS = ("tcp", "tls", "unix", "shared", *["nixl"] * installed())
+BARE = {"tcp": Bare, "unix": Bare, "shared": BareShared, **({"nixl": BareNixl} if installed() else {})}
+TAKEN = {"shared": ("shared", "unshared"), "nixl": ("pulled", "unpulled")}
 
 
 def shape(size: int) -> tuple[int, int]:
@@ -73,24 +77,32 @@ def serve(size: int, secret: str, folder: str) -> None:
     plain.start(["127.0.0.1:0", f"unix:{folder}/target.sock"])
     secured = answering("target", size, secret, Tls(Path(folder) / "certs" / "lane"))
     secured.start(["127.0.0.1:0"])
-    names = ("127.0.0.1:0", f"unix:{folder}/bare.sock", f"unix:{folder}/shared.sock")
+    mover = Nixl() if installed() else None
+    moved = answering("target", size, secret, None, mover)
+    moved.start(["127.0.0.1:0"])
+    names = ("127.0.0.1:0", f"unix:{folder}/bare.sock", f"unix:{folder}/shared.sock", "127.0.0.1:0")
     bare = [listening(addresses.parse(each)) for each in names]
-    print(*plain.addresses, *secured.addresses, *(address_of(each) for each in bare), flush=True)
-    for work in (lambda: asyncio.run(swallow(bare[:2], size)), lambda: lent(bare[2])):
+    links = plain, secured, moved
+    print(*(found for each in links for found in each.addresses), *map(address_of, bare), flush=True)
+    works = [lambda: asyncio.run(swallow(bare[:2], size)), lambda: lent(bare[2]), lambda: pulled(bare[3], size)]
+    for work in works[: 2 + installed()]:
         threading.Thread(target=work, daemon=True).start()
     sys.stdin.read()
-    plain.close()
-    secured.close()
+    for each in links:
+        each.close()
+    if mover is not None:
+        mover.close()
 
 
-def answering(name: str, size: int, secret: str, tls: Tls | None) -> Links:
+def answering(name: str, size: int, secret: str, tls: Tls | None, mover: Nixl | None = None) -> Links:
     """Links that say Done for each part."""
 
     def heard(sender: str, message: object) -> None:
         assert isinstance(message, Parts) and message.staged is not None, "a part came damaged"
         links.post(sender, Done(message.handoff))
 
-    links = Links(name, bytes.fromhex(secret), heard, lambda peer: None, part_of(size)[0], tls=tls)
+    about = part_of(size)[0], None, tls, None, mover
+    links = Links(name, bytes.fromhex(secret), heard, lambda peer: None, *about)
     return links
 
 
@@ -104,6 +116,7 @@ class Way:
         geometry, self._part = part_of(size)
         self._done: queue.SimpleQueue[object] = queue.SimpleQueue()
         limits = Limits() if name == "shared" else Limits(shared_bytes=0)
+        self._mover = Nixl() if name == "nixl" else None
         self.links = Links(
             name,
             secret,
@@ -112,6 +125,7 @@ class Way:
             geometry,
             tls=tls,
             limits=limits,
+            mover=self._mover,
         )
         self.links.start()
         self.links.meet("target", address)
@@ -125,6 +139,12 @@ class Way:
         for _ in range(min(count, TOGETHER)):
             self._done.get(timeout=60)
 
+    def close(self) -> None:
+        """End them."""
+        self.links.close()
+        if self._mover is not None:
+            self._mover.close()
+
 
 def measure(size: int, turns: int) -> dict[str, float]:
     """Medians over `turns`."""
@@ -135,24 +155,27 @@ def measure(size: int, turns: int) -> dict[str, float]:
         command = [sys.executable, "-m", "bench", "wire", "--serve", str(size), secret.hex(), folder]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdin is not None and other.stdout is not None
-            tcp, unix, secured, *bare = other.stdout.readline().split()
-            where = {"tcp": tcp, "tls": secured, "unix": unix, "shared": unix}
+            tcp, unix, secured, moved, *bare = other.stdout.readline().split()
+            where = {"tcp": tcp, "tls": secured, "unix": unix, "shared": unix, "nixl": moved}
             whole = {name: Way(name, where[name], secret, size, tls if name == "tls" else None) for name in WAYS}
-            kinds = zip(BARE, (Bare, Bare, BareShared), bare, strict=True)
-            ends = {f"{name} bare": kind(address, size) for name, kind, address in kinds}
+            kinds = zip(BARE.items(), bare, strict=False)
+            ends = {f"{name} bare": kind(address, size) for (name, kind), address in kinds}
             runs = {name: each.run for name, each in (*whole.items(), *ends.items())}
-            figures = _compare(runs, size, turns) | _checked(whole["shared"].links.counts)
-            for way in whole.values():
-                way.links.close()
-            for end in ends.values():
+            figures = _compare(runs, size, turns)
+            for name, way in whole.items():
+                figures |= _taken(name, way.links.counts)
+            for end in (*whole.values(), *ends.values()):
                 end.close()
             other.stdin.close()
     return figures
 
 
-def _checked(counts: Mapping[str, int]) -> dict[str, float]:
-    """How many parts in a hundred did go through memory."""
-    return {"shared %": 100 * counts["shared"] / max(counts["shared"] + counts["unshared"], 1)}
+def _taken(name: str, counts: Mapping[str, int]) -> dict[str, float]:
+    """How many parts in a hundred did go this way, and not through the socket."""
+    if name not in TAKEN:
+        return {}
+    taken, not_taken = (counts[each] for each in TAKEN[name])
+    return {f"{name} %": 100 * taken / max(taken + not_taken, 1)}
 
 
 def _compare(runs: dict[str, Callable[[int], None]], size: int, turns: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import json
 
 from bench.wire import LAYER_BYTES, SIZES, main, measure, part_of, shape
+from bench.wire_nixl import installed
 from engine.movers.parts import num_bytes
 
 
@@ -14,6 +15,7 @@ def test_every_way_moves_parts_to_another_process():
     figures = measure(1 << 16, 1)
     assert set(figures) >= {"memcpy GB/s", "tcp", "tls", "unix", "shared", "tcp bare", "unix bare", "shared bare"}
     assert all(value > 0 for value in figures.values()) and figures["shared %"] > 50
+    assert ("nixl" in figures) == ("nixl bare" in figures) == installed() and figures.get("nixl %", 100) > 50
 
 
 def test_each_size_is_a_row(tmp_path, monkeypatch, capsys):
