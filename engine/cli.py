@@ -41,9 +41,12 @@ class Verb(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def start_anew(settings: config.Settings) -> None:
-    """Replace this process by one whose environment JAX will understand; returns when nothing is missing."""
-    wanted = environment.needed(settings.device, settings.lanes or settings.mesh, os.environ)
+def start_anew(settings: config.Settings, mesh: str = "") -> None:
+    """Replace this process by one whose environment JAX will understand; returns when nothing is missing.
+
+    mesh  of this process's own devices, where a lane has more
+    """
+    wanted = environment.needed(settings.device, mesh or settings.lanes or settings.mesh, os.environ)
     if wanted:
         words = " ".join(f"{name}={value}" for name, value in wanted.items())
         print(f"serac: set {words}", file=sys.stderr, flush=True)
@@ -69,19 +72,35 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def add_worker(parser: Parser) -> None:
-    """The settings of a server, and which lane this is."""
+    """The settings of a server, and which process of which lane this is."""
     add_settings(parser)
     parser.add_argument("--lane", required=True, metavar="NAME", help="name of the lane among the others")
     parser.add_argument("--role", choices=ROLES, default="both", help="what the lane is for (default %(default)s)")
+    parser.add_argument("--rank", metavar="K", help="which process of the lane (default 0, which leads)")
+    parser.add_argument("--processes", metavar="N", help="how many processes the lane has (default 1)")
+    parser.add_argument("--devices", metavar="0,1,..", help="numbers of its devices on this host (default: all)")
+    parser.add_argument("--lane-interface", default="127.0.0.1", metavar="ADDRESS",
+                        help="of this host, where others of the lane reach it (default %(default)s)")  # fmt: skip
+    parser.add_argument("--trusted-network", action="store_true", help="nobody else reaches that interface")
 
 
 def worker(options: argparse.Namespace) -> int:
-    """Serve one lane for the front that started this process."""
+    """Be one process of a lane for the front that started it."""
     settings = read_settings(options)
-    start_anew(settings)
+    from engine import hello
+
+    words = {name: getattr(options, name) for name in ("lane", "rank", "processes", "devices", "lane_interface")}
+    tp = environment.devices_of(settings.mesh)
+    place = hello.place_of(words, options.role, tp, options.trusted_network)
+    start_anew(settings, f"tp={tp // place.processes}")
+    doors = hello.open_doors(place)
+    from engine.starter import Starter
+
+    starter = Starter(sys.stdin, sys.stdout)
+    starter.say(**hello.hello(place, settings, doors))
     from engine import worker
 
-    return worker.run(settings, options.lane, options.role, sys.stdin, sys.stdout)
+    return worker.run(settings, place, doors, starter)
 
 
 def add_generate(parser: Parser) -> None:
@@ -285,7 +304,7 @@ def launch(options: argparse.Namespace) -> int:
     """Start a cluster from one file: over this machine, ssh, Slurm, Kubernetes or Ray."""
     from engine import launch_cluster
 
-    return launch_cluster.run(options, sys.stdout)
+    return launch_cluster.run(options, version(), sys.stdout)
 
 
 def bench(options: argparse.Namespace) -> int:

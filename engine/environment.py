@@ -43,14 +43,17 @@ def needed(device: str, mesh: str, environment: Mapping[str, str]) -> dict[str, 
     if "JAX_PLATFORMS" not in environment:
         wanted["JAX_PLATFORMS"] = "cpu"
     flags = environment.get("XLA_FLAGS", "")
-    count = virtual_devices(mesh)
+    count = virtual_devices(devices_of(mesh))
     if DEVICE_COUNT not in flags and count > 1:
         wanted["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT}={count}".strip()
     return wanted
 
 
-def virtual_devices(mesh: str) -> int:
+def devices_of(mesh: str) -> int:
     """How many devices `mesh`, or a list of lanes, takes; what is neither is refused later, by name."""
-    if ":" in mesh:
-        return min(device_count(mesh), MOST_VIRTUAL)
-    return min(math.prod(int(size) for size in re.findall(r"\d{1,4}", mesh)), MOST_VIRTUAL)
+    return device_count(mesh) if ":" in mesh else math.prod(int(size) for size in re.findall(r"\d{1,4}", mesh))
+
+
+def virtual_devices(wanted: int) -> int:
+    """How many virtual devices there are for so many that are wanted."""
+    return min(wanted, MOST_VIRTUAL)

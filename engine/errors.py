@@ -12,6 +12,8 @@
       ResourceExhausted             a limit is reached, retry later RESOURCE_EXHAUSTED  429  retry
         OutOfBlocks                 the KV pool cannot serve now    RESOURCE_EXHAUSTED  429  retry
       Unavailable                   starting or draining            UNAVAILABLE         503  retry
+        GroupLost                   a process of the lane is gone   UNAVAILABLE         503  exit 75
+      Misfit                        processes that do not fit       FAILED_PRECONDITION 409  exit 78
       ConfigError                   a flag or a file of settings    INVALID_ARGUMENT    400  exit 2
       ModelError                    a model folder or checkpoint    FAILED_PRECONDITION 409  exit 2
       DeviceError                   the device or its program       INTERNAL            500  exit 70
@@ -102,6 +104,18 @@ class Unavailable(SeracError):
     """Starting, draining or gone; another replica or a later try helps."""
 
     grpc, http, exit_code, retry_after_s = "UNAVAILABLE", 503, 69, 1.0
+
+
+class GroupLost(Unavailable):
+    """A process of a lane is gone or cannot go on; all of its processes start anew, with it."""
+
+    exit_code = 75
+
+
+class Misfit(SeracError):
+    """Two processes of one lane are of other versions, settings or models; starting again cannot help."""
+
+    grpc, http, exit_code = "FAILED_PRECONDITION", 409, 78
 
 
 class ConfigError(SeracError):

@@ -1,14 +1,13 @@
-"""A front without a model: lanes in worker processes of this machine, one each, and the replica that serves them.
+"""A front without a model: lanes in processes of their own, one each or several, and the replica that serves them.
 
-    Supervisor starts workers -> all ready: their facts -> Replica listens for lanes -> each worker told how to join
-    a worker ends: its lane is given up at once, what it served goes on elsewhere, and it is started again
+    Supervisor starts them -> all ready: their facts -> Replica listens for lanes -> each process told how to join
+    one ends: its lane is given up at once, what it served goes on elsewhere, and the lane is started again
 
 It never imports jax: a device that fails takes its own worker along and nothing else.
 """
 
 import os
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +16,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from engine.clock import SystemClock
+from engine.cluster import local
+from engine.cluster.reading import of_lanes
 from engine.cluster.supervisor import Command, Supervisor
+from engine.cluster.topology import Host, Topology
 from engine.config import ROWS, Settings
 from engine.core.request import Limits
-from engine.environment import gpu_problem
 from engine.errors import ConfigError, Unavailable
-from engine.lanes import LaneSpec, parse_lanes, spoken
+from engine.lanes import LaneSpec, spoken
 from engine.movers import addresses
 from engine.observe.metrics import Metrics
 from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
@@ -48,43 +49,48 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 def replica(settings: Settings, progress: Progress) -> Replica:
-    """A replica whose lanes are processes. Raises ConfigError when a worker cannot be started, Unavailable."""
-    return Front(settings).start(progress)
+    """A replica whose lanes are processes of this machine. Raises ConfigError when one cannot be started."""
+    topology = here(settings)
+    commands = local.commands(topology, local.find(topology))
+    return Front(settings, topology, commands).start(progress)
 
 
 class Front:
-    """The workers of a replica and how they join it."""
+    """The processes of a replica and how they join it. `commands` by lane and rank."""
 
-    def __init__(self, settings: Settings):
-        self._settings, self._lanes = settings, _lanes(settings)
+    def __init__(self, settings: Settings, topology: Topology, commands: Mapping[tuple[str, int], Command]):
+        self._settings, self._topology = settings, topology
         self._secret = secrets.token_bytes(32)
-        self._replica: Replica | None = None  # until all workers are ready
-        self._folder = ""  # of the sockets where lanes listen for each other
-        self._supervisor = Supervisor(_commands(settings, self._lanes), self._told)
+        self._replica: Replica | None = None  # until all lanes are ready
+        self._folder = ""  # of the sockets where lanes of this machine listen for each other
+        by_lane = {
+            lane.name: [commands[lane.name, rank] for rank in range(len(lane.hosts))] for lane in topology.lanes
+        }
+        self._supervisor = Supervisor(by_lane, self._told)
 
     def start(self, progress: Progress) -> Replica:
-        """Start the workers and wait until each has joined."""
-        facts = self._supervisor.start(progress)
-        made = _replica(self._settings, self._lanes, facts)
+        """Start the processes and wait until every lane has joined."""
+        facts, lanes = self._supervisor.start(progress), self._topology.lanes
+        made = _replica(self._settings, lanes, facts)
         folder = tempfile.TemporaryDirectory(prefix="serac-", ignore_cleanup_errors=True)
         self._folder = folder.name
         made.on_stop += [folder.cleanup, self._supervisor.stop]  # the last is the first
-        made.serve_remote(self._secret, [LISTEN])
+        made.serve_remote(self._secret, [self._topology.front.address])
         made.absent = self._absent
         self._replica = made
         for slot in self._supervisor.workers:
             self._join(slot, made)
         until = time.monotonic() + JOIN_S
-        while (joined := len(made.router.lanes)) < len(self._lanes):
-            progress("lanes joining", joined, len(self._lanes))
+        while (joined := len(made.router.lanes)) < len(lanes):
+            progress("lanes joining", joined, len(lanes))
             if time.monotonic() > until:
                 made.stop()
-                raise Unavailable(f"workers: {joined} of {len(self._lanes)} lanes joined within {JOIN_S:.0f} s")
+                raise Unavailable(f"workers: {joined} of {len(lanes)} lanes joined within {JOIN_S:.0f} s")
             time.sleep(JOIN_POLL_S)
         return made
 
     def _told(self, slot: str, words: dict) -> None:
-        """What a worker says, or that it has ended; on a thread of the worker's."""
+        """What a lane's processes say, or that they have ended; on a thread of theirs."""
         if (made := self._replica) is None or made.remote is None:
             return
         if words["event"] == "exit" and words.get("name"):
@@ -93,21 +99,21 @@ class Front:
             self._join(slot, made)
 
     def _join(self, slot: str, made: Replica) -> None:
-        """Tell a worker where the front listens, where it shall, and what proves that it may come."""
+        """Tell each process where the front listens, where it shall, and what proves that it may come."""
         assert made.remote is not None
-        words = {
-            "front": made.remote.links.addresses[0],
-            "secret": self._secret.hex(),
-            "listen": self._listen(slot),
-        }
-        self._supervisor.workers[slot].say(words)
+        words = {"front": made.remote.links.addresses[0], "secret": self._secret.hex()}
+        hosts = [self._topology.host(name) for name in self._topology.lane(slot).hosts]
+        listen = [self._listen(slot, rank, host) for rank, host in enumerate(hosts)]
+        self._supervisor.workers[slot].say([{**words, "listen": each} for each in listen])
 
-    def _listen(self, slot: str) -> str:
-        """Where lanes find this one: at a unix socket, so that they share memory, unless its path is too long."""
-        address = f"unix:{self._folder}/{slot}.sock"
+    def _listen(self, slot: str, rank: int, host: Host) -> str:
+        """Where others find a process: on this machine at a unix socket, so that they share memory."""
+        if not host.loopback:
+            return f"{host.address}:0"
+        address = f"unix:{self._folder}/{slot}.{rank}.sock"
         try:
             addresses.parse(address)
-        except ConfigError:
+        except ConfigError:  # its path is too long
             return LISTEN
         return address
 
@@ -116,17 +122,20 @@ class Front:
         there = {name.split(".")[0] for name in present}
         workers = self._supervisor.workers
         states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in workers.items()}
-        missing = [lane for lane in self._lanes if lane.name not in there]
+        missing = [lane for lane in self._topology.lanes if lane.name not in there]
         return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in missing]
 
 
-def _lanes(settings: Settings) -> tuple[LaneSpec, ...]:
-    """The lanes to start. Raises ConfigError for what does not go with workers."""
+def here(settings: Settings) -> Topology:
+    """The lanes of `settings`, all on this machine. Raises ConfigError for what does not go with workers."""
     if settings.lanes is None:
         raise ConfigError("workers: got no --lanes; expected lanes to start, such as 'prefill:tp=1, decode:tp=1'")
     if settings.mesh != "auto":
         raise ConfigError("lanes: got --mesh as well; expected one of the two", field="lanes")
-    return parse_lanes(settings.lanes)
+    given = {name: getattr(settings, name) for name in ROWS if name not in NOT_FOR_WORKERS}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    numbers = tuple(int(number) for number in visible) if all(map(str.isdecimal, visible)) else ()
+    return of_lanes(settings.lanes, {name: value for name, value in given.items() if value is not None}, numbers)
 
 
 def _replica(settings: Settings, lanes: tuple[LaneSpec, ...], facts: Mapping[str, dict]) -> Replica:
@@ -168,35 +177,5 @@ def described(lanes: tuple[LaneSpec, ...], workers: list[dict]) -> dict[str, obj
         "lane_axes": {lane.name: each["lane_axes"] for lane, each in zip(lanes, workers, strict=True)},
         "num_blocks": min(each["num_blocks"] for each in workers),
         "compile_seconds": round(sum(each["compile_seconds"] for each in workers), 2),
-        "workers": len(lanes),
+        "workers": sum(len(lane.hosts) for lane in lanes),
     }
-
-
-def _commands(settings: Settings, lanes: tuple[LaneSpec, ...]) -> dict[str, Command]:
-    on_cpu = settings.device == "cpu" or gpu_problem() is not None
-    given = [f"--{name.replace('_', '-')}={_spelled(value)}" for name, value in _given(settings).items()]
-    commands, first = {}, 0
-    for lane in lanes:
-        environment = {name: value for name, value in os.environ.items() if name not in _variables()}
-        if not on_cpu:
-            visible = environment.get("CUDA_VISIBLE_DEVICES")
-            numbers = visible.split(",") if visible else [str(k) for k in range(first + lane.tp)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(numbers[first : first + lane.tp])
-        arguments = [sys.executable, "-m", "engine.cli", "worker", settings.model, f"--mesh=tp={lane.tp}", *given]
-        commands[lane.name] = Command([*arguments, f"--lane={lane.name}", f"--role={lane.role}"], environment)
-        first += lane.tp
-    return commands
-
-
-def _given(settings: Settings) -> dict[str, object]:
-    values = {name: getattr(settings, name) for name in ROWS if name not in (*NOT_FOR_WORKERS, "model")}
-    return {name: value for name, value in values.items() if value is not None and value != ROWS[name].default}
-
-
-def _spelled(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _variables() -> set[str]:
-    """Settings that a worker must not read from the environment, as it gets them by argument."""
-    return {row.variable for row in ROWS.values()} | {"SERAC_CONFIG", "XLA_FLAGS"}

@@ -1,60 +1,110 @@
-"""`serac worker`: one lane in a process of its own, for the front that started it.
+"""`serac worker`: one process of a lane, for the front that started it. A lane is one such process, or several.
 
-    model loaded, programs compiled -> prints {"event": "ready", ...}
-    reads {"front": ..., "secret": ...} -> joins the front and serves
-    its input ends, SIGTERM -> 0; before it serves, its end at once
-
-How to join comes by standard input and so never stands in arguments or the environment.
+hello -> "start": the processes of the lane meet -> model loaded, programs compiled -> ready
+      -> "front": joins the front and serves (rank 0), follows rank 0 (the others)
+its input ends, SIGTERM -> 0; before it serves, its end at once; another process of its lane is lost -> 75
 """
 
-import json
 import logging
 import os
-import queue
 import signal
 import sys
-import threading
-from typing import IO
+from functools import partial
 
 from engine.clock import SystemClock
 from engine.config import Settings
-from engine.core.roles import Role
-from engine.errors import ConfigError
+from engine.hello import Doors, Place
+from engine.movers.spans import Span
 from engine.observe import logs
-from engine.progress import progress
-from engine.replica.build_lane import lane
-from engine.replica.joined import Joined, Reach
+from engine.replica import orders
+from engine.replica.build_lane import Built, choose_lane, lane
+from engine.replica.channel import Channel
+from engine.replica.follower import Follower
+from engine.replica.followers import Followers, Lockstep
+from engine.replica.joined import Joined
+from engine.replica.moves import Reach
+from engine.replica.team import meet_followers, meet_leader
+from engine.starter import Starter
+from sharding import processes
 
 LISTEN = "127.0.0.1:0"
 
 
-def run(settings: Settings, slot: str, role: Role, source: IO[str], out: IO[str]) -> int:
-    """Serve until the input ends; returns the exit code."""
+def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter) -> int:
+    """Serve until the input ends; returns the exit code. The hello was said."""
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(source, lines), daemon=True).start()
-    with progress(sys.stderr) as bar:
-        built = lane(settings, slot, bar.show)
-    say(out, {"event": "ready", "lane": slot, "role": role, **built.facts})
-    words = json.loads(lines.get())
-    if not {"front", "secret"} <= words.keys():
-        raise ConfigError('worker: expected a line {"front": ADDRESS, "secret": HEX} on standard input')
-    reach = Reach(words["front"], [words.get("listen", LISTEN)], bytes.fromhex(words["secret"]), built.geometry)
-    joined = Joined(role, built.make_lane, built.names, reach, built.content, SystemClock())
+    start = starter.wait("start")["start"]
+    if place.processes > 1:
+        starter.show("connect", 0, 1)
+        processes.join(place.rank, place.processes, start["coordinator"], place.local_ids)
+    starter.show("devices", 0, 1)
+    chosen = choose_lane(settings)
+    secret = bytes.fromhex(start["secret"])
+    if place.rank:
+        channel = meet_leader(start["orders"], place.lane, place.rank, secret, chosen.geometry)
+        built = lane(settings, place.lane, chosen, starter.show, partial(together, channel), logged=False)
+        return follow(place, built, starter, channel)
+    if doors is None:
+        built = lane(settings, place.lane, chosen, starter.show)
+        return lead(place, built, starter, Followers((), starter.lost))
+    about = place.lane, place.processes, secret, chosen.geometry, starter.lost
+    followers = meet_followers(doors.orders, *about)
+    built = lane(settings, place.lane, chosen, starter.show, followers.together)
+    return lead(place, built, starter, followers)
+
+
+def lead(place: Place, built: Built, starter: Starter, followers: Followers) -> int:
+    """Join the front with the lane, and serve."""
+    device = Lockstep(built.device, followers, starter.lost) if followers.channels else built.device
+
+    def make_lane(name, courier):
+        return built.make_lane(name, courier, device)
+
+    starter.say(event="ready", lane=place.lane, role=place.role, rank=0, **built.facts)
+    about = make_lane, built.names, reach(built, starter), built.content, SystemClock()
+    joined = Joined(place.role, *about, Span(built.tp, place.processes), followers)
     signal.signal(signal.SIGTERM, lambda *_: joined.stop())
-    joined.run(lambda name: say(out, {"event": "life", "name": name}))
+    joined.run(lambda name: starter.say(event="life", name=name))
     built.close()
+    followers.close()
+    return ended(place)
+
+
+def follow(place: Place, built: Built, starter: Starter, channel: Channel) -> int:
+    """Carry out the leader's orders until it ends."""
+    leaving: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda *_: leaving.append(True))  # the leader ends first, and this with it
+    starter.say(event="ready", lane=place.lane, role=place.role, rank=place.rank, **built.facts)
+
+    def lost(reason: str) -> None:
+        if leaving:
+            os._exit(ended(place))
+        starter.lost(reason)
+
+    span = Span(built.tp, place.processes)
+    about = built.device, built.bounds, reach(built, starter), built.content, SystemClock()
+    Follower(channel, place.rank, span, *about, lost).run()
+    return ended(place)
+
+
+def reach(built: Built, starter: Starter) -> Reach:
+    """How this process reaches the front and other lanes, once the starter says it."""
+    words = starter.wait("front")
+    return Reach(words["front"], [words.get("listen", LISTEN)], bytes.fromhex(words["secret"]), built.geometry)
+
+
+def together(channel: Channel, found: str) -> None:
+    """Wait until every process of the lane has come so far."""
+    channel.say(orders.Here(found))
+    if not isinstance(order := channel.receive(), orders.Go):
+        raise RuntimeError(f"expected Go, got {type(order).__name__}")
+
+
+def ended(place: Place) -> int:
+    """Said in the log; JAX would wait at its exit for processes of the lane that have ended already."""
     logging.getLogger("serac").info("left")
+    if place.processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
-
-
-def say(out: IO[str], words: dict[str, object]) -> None:
-    """One line for whoever started this process."""
-    print(json.dumps(words), file=out, flush=True)
-
-
-def _listen(source: IO[str], lines: queue.SimpleQueue[str]) -> None:
-    """Hear what is said, also while programs compile; the process that started this one is gone when it ends."""
-    for line in source:
-        lines.put(line)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -51,7 +51,6 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.replica": OPEN | {"engine.core", "engine.text", "engine.movers", "numpy", "msgpack"},
     "engine.replica.build": OPEN | DEVICE | BUILT,
     "engine.replica.build_lane": OPEN | DEVICE | BUILT,
-    "engine.replica.follower": OPEN | {"engine.core.plan", "engine.replica", "engine.runner", "numpy", "msgpack"},
     "engine.serve": OPEN | GRPC | {"engine.replica", "engine.text", "engine.core.request"},
     "engine.serve.vllm_engine": OPEN
     | GRPC
@@ -65,7 +64,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
 }
 QUICK = {
     f"engine.{part}"
-    for part in ("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top")
+    for part in (
+        *("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top"),
+        *("hello", "starter"),
+    )
 }
 TOP = {
     f"engine.{part}"
@@ -80,7 +82,7 @@ LATE = ("engine.cli",)  # imports inside functions, so that --help is instant
 OPTIONAL = ("huggingface_hub", "matplotlib", "cryptography", "ray", "smg_grpc_proto")
 UNDECLARED = ("nixl",)  # its metadata demands torch, which it does not import: its page says how to install it
 JAXLESS = ("core", "text", "observe", "replica", "serve", "sim", "cluster", "errors", "clock", "config")
-NEEDS_JAX = ("engine.replica.build", "engine.replica.build_lane", "engine.replica.follower")
+NEEDS_JAX = ("engine.replica.build", "engine.replica.build_lane")
 
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 FILES = sorted(p for top in TOPS for p in (ROOT / top).rglob("*.py") if not p.name.endswith(GENERATED))

@@ -77,7 +77,8 @@ def environment(topology: Topology, placed: Placed, found: Found) -> dict[str, s
     """What must be set for one process, and nothing else."""
     made = {} if topology.security.secret_file is None else {SECRET_FILE: str(topology.security.secret_file)}
     if not _on_gpus(topology, found):
-        return made | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{DEVICE_COUNT}={virtual_devices(len(placed.devices))}"}
+        count = virtual_devices(len(placed.devices))
+        return made | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{DEVICE_COUNT}={count}"}
     made |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, placed.devices))}
     if found.interface:
         made["NCCL_SOCKET_IFNAME"] = f"={found.interface}"  # = : that name, not all that begin so

@@ -21,7 +21,7 @@ REMEMBERED = 4096  # names that were given up
 
 
 class Hello(NamedTuple):
-    """Lane to front: I am ready to serve; I have `tp` devices, and other lanes reach my processes at `addresses`."""
+    """Lane to front: I am ready to serve on `tp` devices; other lanes reach my processes at `addresses`."""
 
     name: str
     role: Role

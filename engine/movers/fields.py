@@ -168,7 +168,7 @@ def group(
 
     The last ones, those `without`, do not travel: what comes has their defaults.
     """
-    every = getattr(kind, "_fields", None) or tuple(field.name for field in fields_of(kind))  # type: ignore[arg-type]
+    every = kind._fields if hasattr(kind, "_fields") else tuple(each.name for each in fields_of(kind))  # type: ignore[arg-type]
     names = every[: len(every) - len(without)]
     assert names + tuple(without) == tuple(every), f"{kind}: only its last fields can stay behind"
     assert len(names) == len(fields), f"{kind} has other fields"

@@ -156,6 +156,7 @@ def make_runner(
     mesh: Mesh,
     progress: Progress,
     moved: tuple[int, ...] = (),
+    together: Callable[[str], None] | None = None,
 ) -> Runner:
     """The runner of one lane, its weights loaded and its programs compiled. Raises ModelError."""
     weights = load(
@@ -169,7 +170,7 @@ def make_runner(
     model = Model(config, weights, mesh, choice.dtype, choice.numerics)
     most = COARSE if mesh.devices.flat[0].platform == "cpu" else FINE
     runner = Runner(model, choice.sizes, buckets(choice.sizes.max_rows, choice.max_tokens, most), moved)
-    runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total))
+    runner.warm_up(lambda what, done, total: progress(f"compiling {what}", done, total), together)
     return runner
 
 

@@ -1,17 +1,15 @@
-"""A lane in a process of its own: joined to a front, met by other lanes, over as many lives as it takes.
+"""A lane in processes of its own: joined to a front, met by other lanes, over as many lives as it takes.
 
     life:  name, links, agent made anew -> Hello -> serves -> refused, or the front is silent -> the next life
 
 The loop of the lane runs on its own thread, connections and heartbeats on that of the links, so that a step never
 delays a heartbeat; a loop that has not turned for HUNG_S says nothing any more, and the front gives it up.
-Blocks that leave are brought to the host on a third thread.
+Where the lane spans processes this is its leader: the others hear what it does (engine/replica/followers.py), and
+each moves its own heads.
 """
 
-import logging
-import queue
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 from engine.clock import Clock
 from engine.core import handoff
@@ -19,35 +17,17 @@ from engine.core.handoff import Parts
 from engine.core.membership import Member, Said
 from engine.core.messages import FRONT, Fence, Meet
 from engine.core.roles import Role
-from engine.movers.geometry import Geometry
-from engine.movers.links import Links
+from engine.movers.spans import Span
+from engine.replica import orders
+from engine.replica.followers import Followers
+from engine.replica.landing import Wholes
 from engine.replica.lane import Courier, Lane
 from engine.replica.lane import Said as LaneSaid
+from engine.replica.moves import Bytes, Moves, Reach
 
+ALONE = Span(1, 1)
 TICK_S = 0.05
 HUNG_S = 30.0
-
-logger = logging.getLogger("serac.worker")
-
-
-class Reach(NamedTuple):
-    """How a lane reaches the others. listen: addresses of its own; secret: that of the cluster."""
-
-    front: str
-    listen: Sequence[str]
-    secret: bytes
-    geometry: Geometry
-
-
-class Bytes(NamedTuple):
-    """Between what a device gathers and what a link carries.
-
-    leave   (staged, blocks) -> arrays on the host; waits for the device
-    arrive  (keys, values) -> what the device scatters
-    """
-
-    leave: Callable[[object, int], object]
-    arrive: Callable[[object], object]
 
 
 class Joined:
@@ -61,9 +41,12 @@ class Joined:
         reach: Reach,
         content: Bytes,
         clock: Clock,
+        span: Span = ALONE,
+        followers: Followers | None = None,
     ):
         self.role, self._make_lane, self._names, self._reach = role, make_lane, names, reach
-        self._content, self._clock = content, clock
+        self._content, self._clock, self._span = content, clock, span
+        self._followers = followers or Followers((), lambda reason: None)
         self.lives = 0
         self.lane: Lane | None = None
         self._stopping = threading.Event()
@@ -74,8 +57,9 @@ class Joined:
 
     def run(self, on_life: Callable[[str], None] = lambda name: None) -> None:
         """Serve, life after life; `on_life(name)` tells of each."""
+        about = self._reach, self._content, self._clock, self._span, self._followers
         while not self._stopping.is_set():
-            life = Life(self._names(), self.role, self._make_lane, self._reach, self._content, self._clock)
+            life = Life(self._names(), self.role, self._make_lane, *about)
             self.lane, self.lives = life.lane, self.lives + 1
             on_life(life.lane.name)
             try:
@@ -96,18 +80,20 @@ class Life:
         reach: Reach,
         content: Bytes,
         clock: Clock,
+        span: Span,
+        followers: Followers,
     ):
-        self._clock, self._content, self._lock = clock, content, threading.Lock()
+        self._clock, self._followers, self._lock = clock, followers, threading.Lock()
         self.lane = make_lane(name, self)
         self.lane.connect(self._say)
-        self._links = Links(name, reach.secret, self._hear, lambda peer: None, reach.geometry, clock)
-        self._links.start(reach.listen)
-        self._links.meet(FRONT, reach.front)
-        self._member = Member(name, role, clock.now(), tuple(self._links.addresses[:1]))
-        self._leaving: queue.SimpleQueue[tuple[str, Parts] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self.lane.run, self._bring)]
-        for thread in self._threads:
-            thread.start()
+        self._wholes, self._landing = Wholes(span.processes, followers.forget), threading.Lock()
+        followers.hear = self._have
+        self._moves = Moves(name, 0, span, reach, content, clock, self._hear, self._landed)
+        self._moves.links.meet(FRONT, reach.front)
+        addresses = (*self._moves.links.addresses[:1], *followers.born(name))
+        self._member = Member(name, role, clock.now(), addresses, span.tp)
+        self._thread = threading.Thread(target=self.lane.run, daemon=True)
+        self._thread.start()
 
     def tick(self) -> bool:
         """Say Hello, repeat what is overdue; False when this life is over."""
@@ -119,40 +105,27 @@ class Life:
     def end(self) -> None:
         """Drop everything."""
         self.lane.stop()
-        self._leaving.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._links.close()
+        self._thread.join()
+        self._moves.close()
 
     def send(self, sender: str, receiver: str, part: Parts) -> None:
         """Bring gathered blocks to another lane; returns at once."""
-        self._leaving.put((receiver, part))
-
-    def _bring(self) -> None:
-        while (item := self._leaving.get()) is not None:
-            receiver, part = item
-            try:
-                staged = self._content.leave(part.staged, part.num_blocks)
-            except RuntimeError as error:  # the device failed: the target asks again
-                logger.warning("blocks for lane %s were lost: %s", receiver, type(error).__name__)
-            else:
-                self._links.post(receiver, part._replace(staged=staged))
+        self._followers.say(orders.Send(receiver, *part[:4]))
+        self._moves.send(receiver, part)
 
     def _say(self, name: str, said: list[LaneSaid]) -> None:
         """What the lane says in a turn; on its thread."""
         for peer, message in said:
             if peer != FRONT:
-                self._links.post(peer, message)
+                self._moves.links.post(peer, message)
             else:
                 with self._lock:
                     if self._member.session is not None:
                         self._post(self._member.send(self._clock.now(), message))  # type: ignore[arg-type]
 
     def _hear(self, sender: str, message: object) -> None:
-        """What comes; on the thread of the links."""
+        """What comes and is no KV; on the thread of the links."""
         if sender != FRONT:
-            if isinstance(message, Parts) and message.staged is not None:
-                message = message._replace(staged=self._content.arrive(message.staged))
             if isinstance(message, handoff.Message):
                 self.lane.hear(sender, message)
             return
@@ -160,12 +133,28 @@ class Life:
             heard = self._member.receive(self._clock.now(), message)  # type: ignore[arg-type]
         for each in heard:
             if isinstance(each, Meet):
-                self._links.meet(each.lane, each.addresses[0])
+                self._moves.meet(*each)
+                self._followers.say(orders.Known(*each))
                 continue
             if isinstance(each, Fence):
-                self._links.forget(each.lane)
+                self._moves.forget(each.lane)
+                self._followers.say(orders.Forget(each.lane))
             self.lane.hear(FRONT, each)
+
+    def _landed(self, lane: str, part: Parts) -> None:
+        """All heads of this process are here, or not as they were sent."""
+        self._had(0, lane, part)
+
+    def _have(self, rank: int, have: orders.Have) -> None:
+        """So says another process of the lane."""
+        self._had(rank, have.lane, Parts(*have[1:5], True if have.whole else None))
+
+    def _had(self, rank: int, lane: str, part: Parts) -> None:
+        with self._landing:
+            whole = self._wholes.have(rank, lane, part)
+        if whole is not None:
+            self.lane.hear(lane, whole)
 
     def _post(self, packets: list[Said]) -> None:
         for packet in packets:
-            self._links.post(FRONT, packet)
+            self._moves.links.post(FRONT, packet)

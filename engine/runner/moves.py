@@ -68,16 +68,17 @@ def place(staged: Staged, mesh: Mesh, size: int) -> Staged:
     """Host arrays on the devices of `mesh`, padded to `size` blocks; every device gets its own heads, no others.
 
     The arrays are given away: on a CPU the devices may read the same memory, whenever they come to it. They are
-    made read-only here.
+    made read-only here. They hold the heads of this process's devices, where the mesh spans several.
     """
-    kv = mesh.shape["kv"]
-    sharding = NamedSharding(mesh, HEADS)
+    sharding, mine = NamedSharding(mesh, HEADS), mesh.local_devices
+    places = [(k, device) for k, devices in enumerate(mesh.devices) for device in devices if device in mine]
+    local = sorted({k for k, _ in places})
 
     def placed(array_KLnCH: np.ndarray) -> jax.Array:
         array_KLnCH.setflags(write=False)
-        parts = [_padded(part, size) for part in np.split(array_KLnCH, kv)]
-        shards = [jax.device_put(parts[k], device) for k, devices in enumerate(mesh.devices) for device in devices]
-        whole = (array_KLnCH.shape[0], *parts[0].shape[1:])
+        parts = [_padded(part, size) for part in np.split(array_KLnCH, len(local))]
+        shards = [jax.device_put(parts[k - local[0]], device) for k, device in places]
+        whole = (mesh.shape["kv"] * len(parts[0]), *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(whole, sharding, shards)
 
     return Staged(*map(placed, staged))
@@ -149,11 +150,9 @@ def scatter_program(mesh: Mesh, num_layers: int) -> Callable:
     return jax.jit(mapped, donate_argnums=(0, 1))
 
 
-def staged_tile(k: Pool) -> tuple[int, np.dtype]:
-    """Width and dtype of a position's keys of one head as they are staged."""
-    if isinstance(k, Scaled):
-        return k.numbers.shape[3] + SCALE_BYTES, np.dtype(np.uint8)
-    return k.shape[3], np.dtype(k.dtype)
+def staged_tile(width: int, held: np.dtype) -> tuple[int, np.dtype]:
+    """Width and dtype of a position's keys of one head as they are staged, where pools hold them in `held`."""
+    return (width + SCALE_BYTES, np.dtype(np.uint8)) if held.itemsize == 1 else (width, held)
 
 
 def _joined(pool: Pool, turned: bool) -> jax.Array:

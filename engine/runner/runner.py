@@ -9,6 +9,7 @@
 Costs of the host a step: one packed integer array, one dispatch, one copy back (engine/runner/step.py).
 """
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +86,12 @@ class Runner:
         self.state = empty_state(self.model.config, self.sizes, self.model.mesh, self.model.dtype)
         self.draws = empty_draws(self.sizes, self.model.mesh)
 
-    def warm_up(self, progress: Progress = lambda *_: None) -> None:
-        """Compile and run every program once; from now on compilations are counted as late."""
+    def warm_up(self, progress: Progress = lambda *_: None, together: Callable[[str], None] | None = None) -> None:
+        """Compile and run every program once; from now on compilations are counted as late.
+
+        together(found)  returns when every process of the lane has compiled all, and found the same programs: one
+                         that runs what another still compiles would wait in a collective
+        """
         lengths = load_lengths(self.sizes.max_length)
         total = len(self.buckets) + len(lengths) + len(self.moves.sizes)
         for done, length in enumerate(lengths):
@@ -97,9 +102,15 @@ class Runner:
             self._keep(self.moves.compile(size, self._pools))
         specs = jax.tree.map(lambda w: w.sharding.spec, self.model.weights)
         build = step_program(self.model.config, self.sizes, self.model.mesh, specs, self.model.numerics)
+        digests = hashlib.sha256() if together is not None else None
         for done, bucket in enumerate(self.buckets, total - len(self.buckets)):
             progress(str(bucket), done, total)
-            self.programs[bucket] = self._compile_step(build, bucket)
+            self.programs[bucket] = self._compile_step(build, bucket, digests)
+        if together is not None and digests is not None:
+            together(f"programs {digests.hexdigest()[:16]}")
+        for bucket, program in self.programs.items():
+            packed = np.zeros((bucket.rows, 6), np.int32)
+            self.state, _ = program.run(self.model.weights, self.state, self.draws, packed)
         jax.block_until_ready(self.state)
         progress("ready", total, total)
         self.compiles.seal()
@@ -165,12 +176,15 @@ class Runner:
         self.state, self.draws = program(self.state, self.draws, pack_loads((), sizes, length))
         return program
 
-    def _compile_step(self, build: Callable, bucket: Bucket) -> Program:
+    def _compile_step(self, build: Callable, bucket: Bucket, digests: "hashlib._Hash | None") -> Program:
+        """digests  is given what the program is before XLA sees it, which two processes compile from alike"""
         packed = np.zeros((bucket.rows, 6), np.int32)
         began = time.perf_counter()
-        run = build(bucket).lower(self.model.weights, self.state, self.draws, packed).compile()
+        lowered = build(bucket).lower(self.model.weights, self.state, self.draws, packed)
+        if digests is not None:
+            digests.update(lowered.as_text().encode())
+        run = lowered.compile()
         took = time.perf_counter() - began
         analysis = run.memory_analysis()
-        self.state, _ = run(self.model.weights, self.state, self.draws, packed)
         temp = None if analysis is None else int(analysis.temp_size_in_bytes)
         return Program(bucket, run, took, temp, run.as_text)

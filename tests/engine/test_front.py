@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from engine import front
+from engine.cluster import local
+from engine.cluster.found import Found, Gpu
 from engine.config import Settings
 from engine.errors import ConfigError
-from engine.lanes import parse_lanes
+from engine.lanes import LOCAL, parse_lanes
 
 ROOT = Path(front.__file__).parents[1]
 
@@ -52,17 +54,16 @@ def test_more_devices_than_there_are_is_one_sentence_and_exit_code_2():
 
 
 def test_each_worker_gets_the_settings_of_its_lane_and_devices_of_its_own(monkeypatch):
-    monkeypatch.setattr(front, "gpu_problem", lambda: None)
     monkeypatch.setenv("SERAC_PORT", "9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     settings = Settings(lanes="prefill:tp=1, decode:tp=2", workers=True, port=7, max_num_seqs=3, prefix_cache=False)
-    commands = front._commands(settings, parse_lanes(settings.lanes))
+    commands = local.commands(front.here(settings), {LOCAL: Found(gpus=(Gpu("", "gpu", -1),) * 8)})
     shown = {slot: command.environment["CUDA_VISIBLE_DEVICES"] for slot, command in commands.items()}
-    assert shown == {"p0": "4", "d1": "5,6"}
-    arguments = commands["d1"].arguments
+    assert shown == {("p0", 0): "4", ("d1", 0): "5,6"}
+    arguments = commands["d1", 0].arguments
     assert {"--mesh=tp=2", "--lane=d1", "--role=decode", "--max-num-seqs=3", "--prefix-cache=false"} <= {*arguments}
     assert not [word for word in arguments if word.startswith(("--port", "--lanes", "--workers"))]
-    assert "SERAC_PORT" not in commands["d1"].environment and "SERAC_PORT" in os.environ
+    assert "SERAC_PORT" not in commands["d1", 0].environment and "SERAC_PORT" in os.environ
 
 
 def test_a_worker_whose_front_goes_while_it_starts_does_not_stay():

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import ConfigError
-from engine.lanes import LaneSpec, alike, device_count, move, parse_lanes, spoken
+from engine.lanes import LOCAL, LaneSpec, alike, device_count, move, parse_lanes, spoken
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,12 @@ from engine.lanes import LaneSpec, alike, device_count, move, parse_lanes, spoke
         ("  both : tp = 1 * 2 ", [("b0", "both", 1), ("b1", "both", 1)]),
         ("decode:tp=1,both:tp=1", [("d0", "decode", 1), ("b1", "both", 1)]),
         ("prefill:tp=1,both:tp=1", [("p0", "prefill", 1), ("b1", "both", 1)]),
+        ("both:tp=8/2*2", [("b0", "both", 8, (LOCAL, LOCAL)), ("b1", "both", 8, (LOCAL, LOCAL))]),
     ],
 )
 def test_a_line_names_lanes_in_the_order_of_their_devices(text, lanes):
     assert parse_lanes(text) == tuple(LaneSpec(*lane) for lane in lanes)
-    assert device_count(text) == sum(tp for _, _, tp in lanes)
+    assert device_count(text) == sum(lane[2] for lane in lanes)
 
 
 @pytest.mark.parametrize(
@@ -37,12 +38,14 @@ def test_a_line_names_lanes_in_the_order_of_their_devices(text, lanes):
         ("prefill:dp=2,decode:tp=1", "prefill:dp=2"),
         ("prefill:tp=1;decode:tp=1", "prefill:tp=1;decode:tp=1"),
         ("both:tp=99999", "both:tp=99999"),
+        ("both:tp=8/3", "both:tp=8/3"),
+        ("both:tp=8/0", "both:tp=8/0"),
     ],
 )
 def test_a_wrong_entry_is_shown_beside_the_forms(text, item):
     with pytest.raises(ConfigError) as caught:
         parse_lanes(text)
-    words = f"{item!r}; expected ROLE:tp=N or ROLE:tp=N*COUNT, comma between them"
+    words = f"{item!r}; expected ROLE:tp=N, ROLE:tp=N*COUNT or ROLE:tp=N/PROCESSES, comma between them"
     assert caught.value.field == "lanes" and words in str(caught.value)
     assert device_count(text) == 1
 

@@ -61,13 +61,16 @@ class Served:
         self.client = Client(self.ready["grpc"], admin=self.ready["admin"])
 
     def workers(self) -> dict[str, int]:
-        """Process ids by slot."""
+        """Process ids by slot, those of a lane's other processes by slot/rank."""
         found = {}
         for tasks in Path(f"/proc/{self.front.pid}/task").glob("*/children"):
             for pid in tasks.read_text().split():
                 with contextlib.suppress(OSError):
                     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                    found |= {word.split("=")[1]: int(pid) for word in words if word.startswith("--lane=")}
+                    said = dict(word.split("=", 1) for word in words if word.startswith(("--lane=", "--rank=")))
+                    if said:
+                        rank = said.get("--rank", "0")
+                        found[said["--lane"] + f"/{rank}" * (rank != "0")] = int(pid)
         return found
 
     def kill(self, slot: str) -> float:

@@ -18,8 +18,9 @@ from engine.core.scheduler import LaneShape, Scheduler
 from engine.movers.geometry import Geometry
 from engine.movers.parts import Heads
 from engine.observe.metrics import Metrics
-from engine.replica.joined import Bytes, Joined, Reach
+from engine.replica.joined import Joined
 from engine.replica.lane import Lane
+from engine.replica.moves import Bytes, Reach
 from engine.sim.runner import ModelledRunner
 
 VOCAB, EOS, CONTEXT, BLOCK, BLOCKS, ROWS = 997, 996, 256, 4, 400, 8
@@ -38,7 +39,7 @@ class SlowRunner(ModelledRunner):
 def leave(staged: np.ndarray, count: int):
     """[n, C] as keys [K, L, n, C, H], and values that say nothing."""
     keys = np.ascontiguousarray(staged[:count])[None, None, :, :, None]
-    return Heads(keys, np.zeros_like(keys))
+    return (Heads(keys, np.zeros_like(keys)),)
 
 
 def arrive(staged) -> np.ndarray:

@@ -8,14 +8,17 @@ import time
 
 import pytest
 
-from engine.cluster import supervisor
+from engine.cluster import group, supervisor
 from engine.cluster.supervisor import Command, Supervisor
-from engine.errors import ConfigError
+from engine.errors import ConfigError, Misfit, Unavailable
 
 READY = """
 import json, os, sys, time
 def say(**words): print(json.dumps(words), flush=True)
-say(event="ready", pid=os.getpid(), number=7)
+say(event="hello", alike={"jax": "1"}, orders="there")
+start = json.loads(sys.stdin.readline())["start"]
+say(event="stage", stage="load", done=1, of=2)
+say(event="ready", pid=os.getpid(), number=7, orders=start["orders"])
 """
 LIVES = (
     READY
@@ -59,7 +62,12 @@ def start(told, monkeypatch):
     made = []
 
     def start(*scripts):
-        commands = {f"w{k}": Command([sys.executable, "-c", s], os.environ) for k, s in enumerate(scripts)}
+        commands = {}
+        for k, script in enumerate(scripts):  # several in a list are the processes of one lane
+            ranks = script if isinstance(script, list) else [script]
+            commands[f"w{k}"] = [
+                Command([sys.executable, "-c", each], os.environ, f"h{rank}") for rank, each in enumerate(ranks)
+            ]
         made.append(Supervisor(commands, told))
         return made[-1], made[-1].start(lambda *_: None)
 
@@ -84,16 +92,19 @@ def test_all_workers_are_ready_and_their_facts_known_before_any_serves(start):
 
 def test_a_worker_hears_lines_and_tells_the_name_of_its_life(start, told):
     made, _ = start(LIVES)
-    made.workers["w0"].say({"name": "w0.a"})
-    assert told.next("life") == ("w0", {"event": "life", "name": "w0.a"}) and made.workers["w0"].name == "w0.a"
+    made.workers["w0"].say([{"name": "w0.a"}])
+    assert (
+        told.next("life") == ("w0", {"event": "life", "name": "w0.a", "rank": 0})
+        and made.workers["w0"].name == "w0.a"
+    )
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
 def test_a_worker_that_ends_is_told_with_its_name_and_started_again(start, told, code):
     made, facts = start(LIVES)
-    made.workers["w0"].say({"name": "w0.a"})
+    made.workers["w0"].say([{"name": "w0.a"}])
     told.next("life")
-    made.workers["w0"].say({"exit": code})
+    made.workers["w0"].say([{"exit": code}])
     ended = {"event": "exit", "code": code, "name": "w0.a", "given_up": False}
     assert told.next("exit") == ("w0", ended)
     assert told.next("ready")[1]["pid"] != facts["w0"]["pid"]
@@ -101,7 +112,7 @@ def test_a_worker_that_ends_is_told_with_its_name_and_started_again(start, told,
 
 def test_a_killed_worker_is_started_again(start, told):
     made, facts = start(LIVES)
-    made.workers["w0"].process.kill()
+    made.workers["w0"].processes[0].popen.kill()
     assert told.next("exit")[1]["code"] == -9
     assert alive(told.next("ready")[1]["pid"]) and not alive(facts["w0"]["pid"])
 
@@ -130,7 +141,7 @@ def test_workers_that_were_ready_end_when_another_cannot_be_started(start, told)
 
 def test_a_worker_ends_when_its_input_does(start, told):
     made, facts = start(LIVES)
-    made.workers["w0"].process.stdin.close()
+    made.workers["w0"].processes[0].popen.stdin.close()
     assert told.next("exit")[1]["code"] == 0 and not alive(facts["w0"]["pid"])
 
 
@@ -138,14 +149,14 @@ def test_stop_ends_every_process_and_starts_none_again(start):
     made, facts = start(LIVES, LIVES)
     made.stop()
     assert not any(alive(each["pid"]) for each in facts.values())
-    assert all(worker.process.returncode == -15 for worker in made.workers.values())
+    assert all(worker.processes[0].popen.returncode == -15 for worker in made.workers.values())
 
 
 def test_a_worker_that_heeds_no_signal_is_killed(start, monkeypatch):
     monkeypatch.setattr(supervisor, "STOP_S", 0.2)
     made, facts = start("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LIVES)
     made.stop()
-    assert made.workers["w0"].process.returncode == -9 and not alive(facts["w0"]["pid"])
+    assert made.workers["w0"].processes[0].popen.returncode == -9 and not alive(facts["w0"]["pid"])
 
 
 def test_lines_that_are_no_json_are_logged_under_the_workers_name(start, caplog):
@@ -161,3 +172,38 @@ def test_log_lines_of_a_worker_are_passed_on_as_they_are(start, capsys):
     line = json.dumps({"level": "info", "message": "mine"})
     start(f"import sys; print({line!r}, file=sys.stderr, flush=True)\n" + LIVES)[0].stop()
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_the_processes_of_a_lane_start_once_all_are_there_and_know_where_the_first_is(start):
+    _, facts = start(
+        [LIVES, "import time; time.sleep(0.5)\n" + LIVES.replace('orders="there"', 'orders="elsewhere"')]
+    )
+    assert facts["w0"]["orders"] == "there"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lane_ends_and_comes_back_with_all_of_its_processes(start, told, rank):
+    made, facts = start([LIVES, LIVES])
+    before = [process.popen.pid for process in made.workers["w0"].processes]
+    os.kill(before[rank], 9)
+    assert told.next("exit")[1]["code"] == -9
+    assert told.next("ready")[1]["pid"] not in before and not any(map(alive, before))
+
+
+def test_processes_that_do_not_fit_are_refused_by_name_before_they_start(start):
+    with pytest.raises(Misfit, match="^lane w0: rank 1 on h1: jax is 2, and at rank 0 it is 1; all processes"):
+        start([LIVES, LIVES.replace('"jax": "1"', '"jax": "2"')])
+
+
+def test_a_host_that_says_nothing_is_named(start, monkeypatch):
+    monkeypatch.setattr(group, "HELLO_S", 1.0)
+    with pytest.raises(Unavailable, match="^lane w0: rank 1 on h1 has said nothing for 1 s; expected its hello"):
+        start([LIVES, "import time; time.sleep(60)"])
+
+
+def test_what_a_process_said_before_it_left_is_why_its_lane_was_lost(start, monkeypatch):
+    monkeypatch.setattr(supervisor, "MOST_STARTS", 1)
+    with pytest.raises(ConfigError, match="^lane w0: its process on h0: rank 1 has ended$"):
+        start(
+            READY.partition('say(event="stage"')[0] + "\nsay(event='lost', reason='rank 1 has ended'); os._exit(75)"
+        )

@@ -455,7 +455,8 @@ def test_a_slot_over_one_that_is_held_ends_the_connection(pair):
     arena = Arena(ROOM)
     arena.room(0, ROOM)
     about = part(0)
-    arena.room(0, num_bytes(about))[:] = np.frombuffer(b"".join(each.tobytes() for each in about.staged[:2]), np.uint8)
+    payload = b"".join(each.tobytes() for each in about.staged[:2])
+    arena.room(0, num_bytes(about))[:] = np.frombuffer(payload, np.uint8)
     asyncio.run(_insider(there, "x0", [lent(), placed(0), placed(64)], arena.descriptor))
     arena.close()
     assert same(there.get(), about) and "over one in use" in there.links.refusals[-1]

@@ -65,7 +65,8 @@ def test_blocks_of_8_bits_arrive_bit_equal_with_their_scales(kind):
     sides = [each.compile(4, side) for each, side in zip(programs, sides, strict=True)]
     axes = [(mesh.shape["kv"], mesh.shape["rep"]) for mesh in meshes]
     staged = programs[0].gather(sides[0], [3, 9, 1])
-    assert staged.keys_KLnCH.shape[-1] == WIDTH + 4 and staged_tile(sides[0][0]) == (WIDTH + 4, np.uint8)
+    assert staged.keys_KLnCH.shape[-1] == WIDTH + 4
+    assert staged_tile(WIDTH, np.dtype(np.int8)) == (WIDTH + 4, np.uint8)
     through_host = Staged(*(np.array(array) for array in to_host(staged, 3)))
     for way in (Carrier(*meshes, overlaps(HEADS, *axes)).carry(staged), through_host):
         sides[1] = programs[1].scatter(sides[1], [5, 2, 7], way)

@@ -1,0 +1,85 @@
+"""How the processes of a lane find each other: followers dial the leader, and both prove who they are.
+
+    leader    listens at the door of its hello --greeted, by rank--> Followers
+    follower  dials it, again until it answers --greeted----------> Channel
+
+Both compare what their lanes are made of (engine/movers/geometry.py) before weights are read: the greeting says the
+difference in a sentence. Who has not come within MEET_S is named by rank.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from engine.errors import GroupLost, Malformed, Misfit
+from engine.movers import addresses
+from engine.movers.geometry import Geometry
+from engine.movers.greeting import Card, Stranger, greet_blocking
+from engine.movers.spans import lane_of, rank_name
+from engine.replica.channel import Channel
+from engine.replica.followers import Followers
+
+MEET_S = 60.0
+GREETING_S = 5.0
+AGAIN_S = 0.1
+BROKEN = (OSError, EOFError)
+
+logger = logging.getLogger("serac.worker")
+
+
+def meet_followers(
+    door: socket.socket, lane: str, processes: int, secret: bytes, geometry: Geometry, lost: Callable[[str], None]
+) -> Followers:
+    """Every other process of the lane, greeted. Raises GroupLost where one is missing.
+
+    One that does not fit is told so, and ends; whoever started it hears why.
+    """
+    found: dict[int, Channel] = {}
+    until = time.monotonic() + MEET_S
+    with door:
+        while missing := sorted(set(range(1, processes)) - set(found)):
+            door.settimeout(max(until - time.monotonic(), 0.01))
+            try:
+                connected, _ = door.accept()
+            except TimeoutError:
+                raise GroupLost(f"lane {lane}: rank {missing[0]} has not come within {MEET_S:.0f} s") from None
+            card = _greeted(connected, secret, Card(lane, "", "control", "", geometry), dialing=False)
+            if card is None:
+                continue
+            name, rank = lane_of(card.name)
+            if name == lane and rank in missing:
+                found[rank] = Channel(connected, f"rank {rank} of {lane}")
+            else:
+                connected.close()
+    return Followers([found[rank] for rank in range(1, processes)], lost)
+
+
+def meet_leader(address: str, lane: str, rank: int, secret: bytes, geometry: Geometry) -> Channel:
+    """The leader, greeted. Raises Misfit where this process does not fit, GroupLost where nobody answers."""
+    found, until = addresses.parse(address), time.monotonic() + MEET_S
+    while True:
+        try:
+            connected = socket.create_connection((found.host, found.port), timeout=GREETING_S)
+        except OSError:
+            connected = None
+        mine = Card(rank_name(lane, rank), lane, "control", "", geometry)
+        if connected is not None and _greeted(connected, secret, mine, dialing=True) is not None:
+            return Channel(connected, f"the leader of {lane}")
+        if time.monotonic() > until:
+            raise GroupLost(f"lane {lane}: its leader has not answered within {MEET_S:.0f} s")
+        time.sleep(AGAIN_S)
+
+
+def _greeted(connected: socket.socket, secret: bytes, mine: Card, dialing: bool) -> Card | None:
+    """The card of who is at the other end; None where that is nobody of ours."""
+    try:
+        return greet_blocking(connected, secret, mine, dialing, GREETING_S)
+    except Stranger as error:
+        connected.close()
+        if dialing:
+            raise Misfit(str(error)) from None
+        logger.warning("somebody was turned away: %s", error)
+    except (Malformed, *BROKEN):
+        connected.close()
+    return None
