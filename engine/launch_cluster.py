@@ -18,20 +18,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from engine import front, launch
 from engine.cluster import kubernetes, places, ray, reading, slurm
 from engine.cluster.become import become
 from engine.cluster.supervisor import Command
 from engine.cluster.topology import Topology, placed
 from engine.cluster.yaml_text import yaml_of
-from engine.config import whole
+from engine.config import Settings, whole
 from engine.errors import ConfigError
+from engine.replica.replica import Replica
 from engine.tables import show_table
 
 RANK = whole(0, 10_000)
 READ_ONLY_BY_OWNER = 0o600
 
 
-def run(options: argparse.Namespace, out: TextIO) -> int:
+def run(options: argparse.Namespace, version: str, out: TextIO) -> int:
     """Do what the options say; returns the exit code. Raises ConfigError, Unavailable."""
     topology = reading.read(options.file)
     if options.lane is not None:
@@ -45,29 +47,33 @@ def run(options: argparse.Namespace, out: TextIO) -> int:
     if options.listen:
         topology = replace(topology, front=replace(topology.front, address=options.listen))
     if options.front_only:
-        return start(topology, {})
+        return start(topology, {}, version, out)
     over = places.chosen(topology, options.over)
     if over in ("slurm", "kubernetes"):
         return files(topology, over, options, out)
     if options.dry_run:
         return plan(topology, over, out)
     if over == "ray":
-        return over_ray(topology, options)
-    return start(topology, places.commands(topology, over))
+        return over_ray(topology, options, version, out)
+    return start(topology, places.commands(topology, over), version, out)
 
 
-def start(topology: Topology, commands: Mapping[tuple[str, int], Command]) -> int:
-    """Serve the front with its processes; without commands it waits for those that others start."""
-    raise ConfigError(
-        "over: got a start for real; expected --dry-run, --over slurm or --over kubernetes", field="over"
-    )
+def start(topology: Topology, commands: Mapping[tuple[str, int], Command], version: str, out: TextIO) -> int:
+    """Serve the front with its processes until it is drained."""
+    if not commands:
+        raise ConfigError("front: lanes that others start cannot join yet; expected --over local or ssh")
+
+    def build(settings: Settings, progress: front.Progress) -> Replica:
+        return front.Front(settings, topology, commands).start(progress)
+
+    return launch.serve(topology.settings, build, version, out)
 
 
-def over_ray(topology: Topology, options: argparse.Namespace) -> int:
+def over_ray(topology: Topology, options: argparse.Namespace, version: str, out: TextIO) -> int:
     """The lanes as tasks of Ray, and the front here."""
     started = ray.start(topology, options.file.read_text(), topology.front.address, address=options.ray_address)
     try:
-        return start(topology, {})
+        return start(topology, {}, version, out)
     finally:
         started.stop()
 

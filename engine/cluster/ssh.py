@@ -18,7 +18,7 @@ from engine.cluster.commands import command, passed_on, worker
 from engine.cluster.found import Found, differing, here, told
 from engine.cluster.supervisor import Command
 from engine.cluster.topology import Host, Security, Topology, placed
-from engine.errors import ConfigError, SeracError, Unavailable, shown
+from engine.errors import ConfigError, Misfit, Unavailable, shown
 
 CONNECT_S, ANSWER_S = 5, 9.0  # a host that is not there is named within 10 s
 OPTIONS = {
@@ -48,7 +48,7 @@ SAID = {
 
 
 def find(topology: Topology) -> dict[str, Found]:
-    """What each host has. Raises Unavailable for one that is silent, ConfigError for one that does not fit."""
+    """What each host has. Raises Unavailable for one that is silent, ConfigError or Misfit for one unfit."""
     ours = here()
     with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
         asked = {host.name: pool.submit(ask, host, topology, ours) for host in topology.hosts}
@@ -74,16 +74,8 @@ def ask(host: Host, topology: Topology, ours: Found) -> Found:
         raise ConfigError(f"host {host.name}: {shown(host.python)} there has no Serac of this version (exit code "
                           f"{done.returncode}); set python in its [[host]]", field="python") from None  # fmt: skip
     if differ := differing(ours, found):
-        raise VersionsDiffer(
-            f"host {host.name}: versions differ: {', '.join(differ)}; install the same on all hosts"
-        )
+        raise Misfit(f"host {host.name}: versions differ: {', '.join(differ)}; install the same on all hosts")
     return found
-
-
-class VersionsDiffer(SeracError):
-    """The processes of a lane must be of the same versions."""
-
-    grpc, http, exit_code = "FAILED_PRECONDITION", 409, 78
 
 
 def commands(

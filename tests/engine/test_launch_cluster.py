@@ -103,7 +103,7 @@ def test_a_person_sees_a_table(tmp_path):
     options = cli.Parser()
     cli.add_launch(options)
     out = Screen()
-    assert launch_cluster.run(options.read([str(tmp_path / "x.toml"), "--dry-run"]), out) == 0
+    assert launch_cluster.run(options.read([str(tmp_path / "x.toml"), "--dry-run"]), "1", out) == 0
     assert "serac over local: what would run where" in out.getvalue() and "devices" in out.getvalue()
 
 

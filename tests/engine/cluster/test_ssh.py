@@ -13,7 +13,7 @@ import pytest
 from engine.cluster import ssh
 from engine.cluster.found import Found
 from engine.cluster.topology import FrontPlace, Host, Security, Topology
-from engine.errors import ConfigError, Unavailable
+from engine.errors import ConfigError, Misfit, Unavailable
 from engine.lanes import LaneSpec
 from tests.hosts import namespaces, sshd
 from tests.hosts.namespaces import Hosts
@@ -114,7 +114,7 @@ def test_a_host_that_does_not_fit_is_named_with_what_to_do(world, monkeypatch, t
             ssh.find(made)
         assert str(caught.value).startswith(words)
     monkeypatch.setattr(ssh, "here", lambda: Found(versions={"jax": "9.9"}))
-    with pytest.raises(ssh.VersionsDiffer, match=r"host h0: versions differ: jax [\d.]+ there, 9.9 here") as caught:
+    with pytest.raises(Misfit, match=r"host h0: versions differ: jax [\d.]+ there, 9.9 here") as caught:
         ssh.find(topology)
     assert caught.value.exit_code == 78
 
