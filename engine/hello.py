@@ -29,6 +29,7 @@ class Place(NamedTuple):
     """Process `rank` of so many of a lane; the others reach it at the address `interface`.
 
     devices  numbers of the host's devices that are this process's; None: all that it sees
+    trusted  nobody else reaches the network of that address
     """
 
     lane: str
@@ -37,6 +38,7 @@ class Place(NamedTuple):
     processes: int = 1
     interface: str = "127.0.0.1"
     devices: tuple[int, ...] | None = None
+    trusted: bool = False
 
     @property
     def local_ids(self) -> tuple[int, ...] | None:
@@ -58,7 +60,7 @@ def place_of(words: Mapping[str, str | None], role: Role, tp: int, trusted: bool
     if devices is not None and len(devices) != tp // processes:
         expected = f"{tp // processes} numbers, tp={tp} over {processes} processes"
         raise ConfigError(wrong("devices", words["devices"], expected), field="devices")
-    place = Place(words["lane"] or "", role, rank, processes, words["lane_interface"] or "", devices)
+    place = Place(words["lane"] or "", role, rank, processes, words["lane_interface"] or "", devices, trusted)
     _check_interface(place, trusted)
     return place
 

@@ -14,6 +14,7 @@ from functools import partial
 from engine.clock import SystemClock
 from engine.config import Settings
 from engine.hello import Doors, Place
+from engine.movers.choice import check, choose
 from engine.movers.spans import Span
 from engine.observe import logs
 from engine.replica import orders
@@ -33,6 +34,7 @@ LISTEN = "127.0.0.1:0"
 def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter) -> int:
     """Serve until the input ends; returns the exit code. The hello was said."""
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
+    check(settings.kv_mover)
     start = starter.wait("start")["start"]
     if place.processes > 1:
         starter.show("connect", 0, 1)
@@ -43,17 +45,17 @@ def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter)
     if place.rank:
         channel = meet_leader(start["orders"], place.lane, place.rank, secret, chosen.geometry)
         built = lane(settings, place.lane, chosen, starter.show, partial(together, channel), logged=False)
-        return follow(place, built, starter, channel)
+        return follow(settings, place, built, starter, channel)
     if doors is None:
         built = lane(settings, place.lane, chosen, starter.show)
-        return lead(place, built, starter, Followers((), starter.lost))
+        return lead(settings, place, built, starter, Followers((), starter.lost))
     about = place.lane, place.processes, secret, chosen.geometry, starter.lost
     followers = meet_followers(doors.orders, *about)
     built = lane(settings, place.lane, chosen, starter.show, followers.together)
-    return lead(place, built, starter, followers)
+    return lead(settings, place, built, starter, followers)
 
 
-def lead(place: Place, built: Built, starter: Starter, followers: Followers) -> int:
+def lead(settings: Settings, place: Place, built: Built, starter: Starter, followers: Followers) -> int:
     """Join the front with the lane, and serve."""
     device = Lockstep(built.device, followers, starter.lost) if followers.channels else built.device
 
@@ -61,16 +63,18 @@ def lead(place: Place, built: Built, starter: Starter, followers: Followers) -> 
         return built.make_lane(name, courier, device)
 
     starter.say(event="ready", lane=place.lane, role=place.role, rank=0, **built.facts)
-    about = make_lane, built.names, reach(built, starter), built.content, SystemClock()
+    found = reach(settings, place, built, starter)
+    about = make_lane, built.names, found, built.content, SystemClock()
     joined = Joined(place.role, *about, Span(built.tp, place.processes), followers)
     signal.signal(signal.SIGTERM, lambda *_: joined.stop())
     joined.run(lambda name: starter.say(event="life", name=name))
+    found.ways.close()
     built.close()
     followers.close()
     return ended(place)
 
 
-def follow(place: Place, built: Built, starter: Starter, channel: Channel) -> int:
+def follow(settings: Settings, place: Place, built: Built, starter: Starter, channel: Channel) -> int:
     """Carry out the leader's orders until it ends."""
     leaving: list[bool] = []
     signal.signal(signal.SIGTERM, lambda *_: leaving.append(True))  # the leader ends first, and this with it
@@ -82,15 +86,19 @@ def follow(place: Place, built: Built, starter: Starter, channel: Channel) -> in
         starter.lost(reason)
 
     span = Span(built.tp, place.processes)
-    about = built.device, built.bounds, reach(built, starter), built.content, SystemClock()
+    found = reach(settings, place, built, starter)
+    about = built.device, built.bounds, found, built.content, SystemClock()
     Follower(channel, place.rank, span, *about, lost).run()
+    found.ways.close()
     return ended(place)
 
 
-def reach(built: Built, starter: Starter) -> Reach:
+def reach(settings: Settings, place: Place, built: Built, starter: Starter) -> Reach:
     """How this process reaches the front and other lanes, once the starter says it."""
     words = starter.wait("front")
-    return Reach(words["front"], [words.get("listen", LISTEN)], bytes.fromhex(words["secret"]), built.geometry)
+    listen = [words.get("listen", LISTEN)]
+    ways = choose(settings.kv_mover, listen, place.trusted)
+    return Reach(words["front"], listen, bytes.fromhex(words["secret"]), built.geometry, ways=ways)
 
 
 def together(channel: Channel, found: str) -> None:

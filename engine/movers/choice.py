@@ -15,7 +15,7 @@ from typing import NamedTuple
 from engine.errors import ConfigError, wrong
 from engine.movers import addresses
 from engine.movers.links import Limits
-from engine.movers.nixl import Nixl
+from engine.movers.nixl import Nixl, library, quiet
 from engine.movers.pull import Mover
 
 
@@ -24,6 +24,18 @@ class Ways(NamedTuple):
 
     limits: Limits = Limits()
     mover: Mover | None = None
+
+    def close(self) -> None:
+        """Once nothing uses them."""
+        if self.mover is not None:
+            self.mover.close()
+
+
+def check(kv_mover: str) -> None:
+    """Before anything is loaded. Raises ConfigError where the library is missing."""
+    if kv_mover == "nixl":
+        with quiet():
+            library()
 
 
 def choose(kv_mover: str, listen: Sequence[str], trusted: bool = False) -> Ways:

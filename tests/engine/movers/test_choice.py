@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.movers import choice
-from engine.movers.choice import Ways, choose
+from engine.movers.choice import Ways, check, choose
 from engine.movers.links import Limits
 
 HERE = ["127.0.0.1:0", "unix:/run/serac/d0.sock"]
@@ -27,6 +27,9 @@ def test_a_library_that_was_asked_for_and_is_missing_is_an_error_that_says_how_t
     with pytest.raises(ConfigError, match="--kv-mover: got 'nixl'.*pip install --no-deps nixl nixl-cu12") as found:
         choose("nixl", HERE)
     assert found.value.field == "kv_mover"
+    with pytest.raises(ConfigError, match="pip install"):
+        check("nixl")
+    check("auto")
 
 
 @pytest.fixture
