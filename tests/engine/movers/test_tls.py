@@ -200,9 +200,11 @@ def imposter(answer):
 
         thread = threading.Thread(target=work)
         thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def test_who_shows_no_certificate_is_refused_and_both_are_told(there, made):
@@ -222,20 +224,22 @@ def test_who_shows_no_certificate_is_refused_and_both_are_told(there, made):
 
 def test_a_dialer_is_told_that_its_certificate_was_refused(there, made):
     """The alert comes when its own handshake is long over."""
-    asking = context(there / "foreign" / "lane", ssl.PROTOCOL_TLS_SERVER)
-    asking.load_cert_chain(there / "prod" / "front" / "cert.pem", there / "prod" / "front" / "key.pem")
-    asking.load_verify_locations(there / "foreign" / "lane" / "ca.pem")
-    asking.verify_mode = ssl.CERT_REQUIRED
-    with imposter(lambda raw: asking.wrap_socket(raw, server_side=True)) as address:
-        lane = made("p0", Tls(there / "prod" / "lane"))
-        lane.meet("front", address)
+    foreign, tls = context(there / "prod" / "front", ssl.PROTOCOL_TLS_SERVER), Tls(there / "prod" / "front")
+    foreign.load_verify_locations(there / "foreign" / "lane" / "ca.pem")
+    foreign.verify_mode = ssl.CERT_REQUIRED
+    tls._loaded = tls._loaded._replace(server=foreign)
+    front, lane = made("front", tls), made("p0", Tls(there / "prod" / "lane"))
+    lane.meet("front", front.addresses[0])
 
-        def told():
-            lane.post("front", SAID)
-            return lane.refusals
+    def told():
+        lane.post("front", SAID)
+        return lane.refusals
 
-        until(told)
+    until(told)
     assert lane.refusals[-1] == "tls: the other side does not know the authority of our certificate"
+    assert lane.counts["unreachable"] == 0
+    until(lambda: front.refusals)
+    assert "certificate is refused" in front.refusals[-1]
 
 
 def test_older_tls_is_refused(there, made):
