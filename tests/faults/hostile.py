@@ -2,6 +2,7 @@
 
 import random
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,3 +178,45 @@ def send(there: Listener, data: bytes, leave: bool) -> None:
                     pass
         except ConnectionError:
             pass
+
+
+class HostileTls:
+    """As much to a port that speaks TLS; `folder` has the certificate of a member, who does not know the secret."""
+
+    def __init__(self, seed: int, trap: Path, folder: Path):
+        self.rng, self._frames = random.Random(seed), Hostile(seed, trap, b"")
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
+        self._context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+
+    def send(self, there: Listener) -> None:
+        kind = self.rng.choice((self._frames.draw, self.record, self.spoiled_hello, None))
+        if kind is not None:
+            send(there, kind(), self.rng.random() < 0.1)
+            return
+        try:
+            with there.connect() as raw, self._context.wrap_socket(raw) as wrapped:
+                wrapped.sendall(self._frames.draw())
+                wrapped.shutdown(socket.SHUT_WR)
+                while wrapped.recv(1 << 12):
+                    pass
+        except (ConnectionError, ssl.SSLError, TimeoutError):
+            pass
+
+    def record(self) -> bytes:
+        """A record of noise."""
+        noise = self.rng.randbytes(self.rng.randrange(300))
+        return bytes([self.rng.choice([20, 21, 22, 23, 24]), 3, self.rng.choice([1, 3, 4])]) + struct.pack(
+            ">H", self.rng.choice([len(noise), 0xFFFF])
+        ) + noise  # fmt: skip
+
+    def spoiled_hello(self) -> bytes:
+        """How a handshake begins, with some bits changed or its end missing."""
+        out = ssl.MemoryBIO()
+        try:
+            self._context.wrap_bio(ssl.MemoryBIO(), out).do_handshake()
+        except ssl.SSLWantReadError:
+            whole = bytearray(out.read())
+        for _ in range(self.rng.randrange(4)):
+            whole[self.rng.randrange(len(whole))] ^= 1 << self.rng.randrange(8)
+        return bytes(whole[: self.rng.choice([len(whole), self.rng.randrange(len(whole))])])

@@ -3,12 +3,19 @@
 CI sends 600 to each port; `SERAC_FRAMES=10000 pytest tests/faults/test_frames.py -s` sends as many as that.
 """
 
+import contextlib
 import os
+import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import pytest
 
+from engine.cluster import certs
+from engine.core.handoff import Fetch
+from engine.movers.links import Links
+from engine.movers.tls import Tls
 from tests.faults import hostile
 from tests.faults.cluster import Cluster
 from tests.faults.test_faults import some
@@ -16,6 +23,7 @@ from tests.faults.test_faults import some
 FRAMES = int(os.environ.get("SERAC_FRAMES", "600"))
 SLOTS = {"p0": "prefill", "d0": "decode"}
 THREADS = 6
+SECRET = bytes(range(32))
 MOST_GROWN = 32 << 20
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
@@ -93,6 +101,54 @@ def test_frames_of_strangers_harm_nobody(cluster, tmp_path):
     print(f"\n{sent} connections of strangers to {len(found)} ports in {took_s:.1f} s, {answered} requests right")
     print(f"a worker has grown by {grown / 2**20:.1f} MiB at most")
     print(f"at the front: {dict(counts)}")
+
+
+@pytest.fixture
+def behind_tls(tmp_path):
+    """Links of a front that echoes and of a lane: (folder of certificates, front, lane, what the lane heard)."""
+    certs.init(tmp_path / "certs", "prod", [], datetime.now(UTC))
+    heard = queue.SimpleQueue()
+    front = Links("front", SECRET, lambda peer, said: front.post(peer, said), lambda peer: None,
+                  tls=Tls(tmp_path / "certs" / "front"))  # fmt: skip
+    lane = Links("d0", SECRET, lambda peer, said: heard.put(said), lambda peer: None,
+                 tls=Tls(tmp_path / "certs" / "lane"))  # fmt: skip
+    with contextlib.closing(front), contextlib.closing(lane):
+        front.start(["127.0.0.1:0"])
+        lane.start()
+        lane.meet("front", front.addresses[0])
+        yield tmp_path / "certs", front, lane, heard
+
+
+def attack_tls(there, folder, trap, seed):
+    drawn = hostile.HostileTls(seed, trap, folder / "lane")
+    for _ in range(FRAMES // THREADS // 2):
+        drawn.send(there)
+    return FRAMES // THREADS // 2
+
+
+def test_frames_of_strangers_to_a_tls_port_harm_nobody(behind_tls, tmp_path):
+    """What is no TLS, spoiled handshakes, and nonsense of somebody who has a certificate and not the secret."""
+    folder, front, lane, heard = behind_tls
+    there, trap = (
+        hostile.Listener(os.getpid(), "127.0.0.1", int(front.addresses[0].rpartition(":")[2])),
+        tmp_path / "t",
+    )
+    lane.post("front", Fetch(0, 1, 2, 3))
+    assert heard.get(timeout=5) == Fetch(0, 1, 2, 3)
+    before, number = hostile.descriptors(os.getpid()), 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        jobs = [pool.submit(attack_tls, there, folder, trap, seed) for seed in range(THREADS)]
+        while not all(job.done() for job in jobs):
+            number += 1
+            lane.post("front", Fetch(number, 1, 2, 3))
+            assert heard.get(timeout=5) == Fetch(number, 1, 2, 3)
+        sent = sum(job.result() for job in jobs)
+    deadline = time.monotonic() + 10
+    while hostile.descriptors(os.getpid()) != before:
+        assert time.monotonic() < deadline, "descriptors are left"
+        time.sleep(0.01)
+    assert not trap.exists() and front.counts["connected"] == 1 and front.counts["refused"] > sent / 2
+    print(f"\n{sent} connections of strangers to a TLS port, {number} messages beside them: {dict(front.counts)}")
 
 
 @pytest.mark.slow
