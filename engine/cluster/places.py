@@ -5,6 +5,9 @@ local, ssh               commands(...) -> {(lane, rank): Command}, for the super
 slurm, kubernetes, ray   their own files: scripts, manifests, placement groups
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from engine.cluster import local, ssh
 from engine.cluster.found import Found, Gpu
 from engine.cluster.supervisor import Command
@@ -33,9 +36,14 @@ def commands(
         raise ConfigError(
             f"address: host {nameless[0]} has none; expected one, since {over} goes there", field="address"
         )
-    if over == "local":
-        return local.commands(topology, local.find(topology) if found is None else found)
-    return ssh.commands(topology, ssh.find(topology) if found is None else found)
+    place = local if over == "local" else ssh
+    return place.commands(topology, alike(place.find(topology) if found is None else found))
+
+
+def alike(found: Mapping[str, Found]) -> dict[str, Found]:
+    """The same with the autotune files alone that every host sees: ranks that load different ones would part."""
+    common = set.intersection(*(set(each.autotuned) for each in found.values()))
+    return {name: replace(each, autotuned=tuple(sorted(common))) for name, each in found.items()}
 
 
 def assumed(topology: Topology) -> dict[str, Found]:

@@ -45,7 +45,7 @@ class FrontPlace:
     """Where the front listens: to clients by settings of their own names, to lanes at `address`."""
 
     address: str = row(ANY_PORT, TEXT, "HOST:PORT where lanes reach the front")
-    on: str = row("", TEXT, "the host it runs on; default: where launch does")
+    on: str = row("", TEXT, "Slurm: the host it runs on; default: any")
     host: str = row("127.0.0.1", TEXT, "address of the gRPC listener")
     port: int = row(50051, PORT, "its port")
     admin_host: str = row("127.0.0.1", TEXT, "address of the admin listener")

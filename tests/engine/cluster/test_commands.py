@@ -182,6 +182,15 @@ def test_the_leader_writes_the_autotune_file_and_all_load_it_where_it_is():
     assert flags == [f"--xla_gpu_load_autotune_results_from=/shared/{name}"] * 2
 
 
+def test_an_autotune_file_that_one_host_does_not_see_is_loaded_by_none():
+    made = replace(MADE, autotune=Path("/shared"))
+    name = autotune_file("NVIDIA H200", "0.10.2", made, 4)
+    there = replace(EIGHT, versions={"jaxlib": "0.10.2"}, autotuned=(name, "other.txt"))
+    for found, loads in (({"h0": there, "h1": there}, 2), ({"h0": there, "h1": replace(there, autotuned=())}, 0)):
+        commands = places.commands(made, "ssh", found)
+        assert sum("load_autotune" in one.arguments[-1] for one in commands.values()) == loads
+
+
 def test_an_autotune_file_is_of_one_device_kind_jaxlib_model_and_mesh():
     other = replace(MADE, serve={**MADE.serve, "model": "/models/b"})
     names = {autotune_file(kind, jaxlib, made, tp) for kind in ("NVIDIA H100", "NVIDIA H200")
@@ -239,6 +248,8 @@ def test_on_this_machine_a_worker_has_our_environment_without_our_settings():
 def test_over_what_a_cluster_starts_is_chosen_by_where_its_hosts_are():
     assert places.chosen(MADE, "auto") == "ssh" and places.chosen(of_lanes("both:tp=1"), "auto") == "local"
     assert places.chosen(MADE, "slurm") == "slurm"
+    mixed = replace(MADE, hosts=(replace(MADE.hosts[0], address="127.0.0.1"), *MADE.hosts[1:]))
+    assert places.chosen(mixed, "auto") == "ssh"
     with pytest.raises(ConfigError, match="host h0 is another machine; expected ssh"):
         places.commands(MADE, "local")
     nameless = replace(MADE, hosts=(replace(MADE.hosts[0], address=""), *MADE.hosts[1:]))
