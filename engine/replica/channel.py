@@ -104,7 +104,7 @@ class Channel:
             with self._lock:  # a TLS connection may not be read and written at once
                 data = self._socket.recv(ROOM)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return False
+            return True  # bytes that are not a whole record of TLS yet
         except (OSError, ValueError) as error:
             raise GroupLost(f"{self.peer} is gone ({type(error).__name__})") from None
         if not data:
