@@ -31,6 +31,7 @@ from engine.tables import show_table
 
 RANK = whole(0, 10_000)
 READ_ONLY_BY_OWNER = 0o600
+LONG = ("command", "environment")
 
 
 def run(options: argparse.Namespace, version: str, out: TextIO) -> int:
@@ -130,11 +131,15 @@ def show(
     out: TextIO,
     bundles: Mapping[tuple[str, int], str] | None = None,
 ) -> int:
-    """One row a process."""
+    """One row a process; for a person also the commands, as a shell would take them."""
     more = {slot: {"placement": words} for slot, words in (bundles or {}).items()}
     rows = [row(slot, command, topology) | more.get(slot, {}) for slot, command in commands.items()]
     if out.isatty():
-        show_table(f"{topology.name} over {over}: what would run where", rows, out)
+        short = [{name: value for name, value in each.items() if name not in LONG} for each in rows]
+        show_table(f"{topology.name} over {over}", short, out)
+        for each in rows:
+            words = " ".join(str(each[name]) for name in reversed(LONG) if each[name])
+            print(f"\n# {each['lane']} rank {each['rank']} on {each['host']}\n{words}", file=out)
     else:
         print(json.dumps({"cluster": topology.name, "over": over, "processes": rows}), file=out, flush=True)
     return 0
@@ -152,5 +157,5 @@ def row(slot: tuple[str, int], command: Command, topology: Topology) -> dict[str
         "devices": "",
         **place,
         "command": shlex.join(command.arguments),
-        "environment": " ".join(f"{name}={value}" for name, value in sorted(own.items())),
+        "environment": " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(own.items())),
     }

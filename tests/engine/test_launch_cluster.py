@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import stat
 import sys
 
@@ -104,7 +105,13 @@ def test_a_person_sees_a_table(tmp_path):
     cli.add_launch(options)
     out = Screen()
     assert launch_cluster.run(options.read([str(tmp_path / "x.toml"), "--dry-run"]), "1", out) == 0
-    assert "serac over local: what would run where" in out.getvalue() and "devices" in out.getvalue()
+    said = out.getvalue()
+    assert "serac over local" in said and "devices" in said
+    last = said.splitlines()[-2:]
+    assert last[0] == "# b0 rank 1 on here"
+    words = shlex.split(last[1])
+    assert words[:2] == ["JAX_PLATFORMS=cpu", "XLA_FLAGS=--xla_force_host_platform_device_count=1"]
+    assert words[2:6] == [sys.executable, "-m", "engine.cli", "worker"], "whole, to be copied"
 
 
 def test_a_dry_run_over_slurm_or_kubernetes_prints_what_would_be_handed_over(launch):
