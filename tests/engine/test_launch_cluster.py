@@ -99,7 +99,9 @@ def test_a_dry_run_says_as_json_what_would_run_where(launch, text, words, over):
     assert ("node:10.0.0.2" in rows[0].get("placement", "")) == (over == "ray")
 
 
-def test_a_person_sees_a_table(tmp_path):
+def test_a_person_sees_a_table(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     (tmp_path / "x.toml").write_text(HERE)
     options = cli.Parser()
     cli.add_launch(options)
