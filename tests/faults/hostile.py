@@ -176,7 +176,9 @@ def send(there: Listener, data: bytes, leave: bool) -> None:
                 end.shutdown(socket.SHUT_WR)
                 while end.recv(1 << 12):
                     pass
-        except ConnectionError:
+        except TimeoutError:
+            raise
+        except OSError:  # ended there already
             pass
 
 

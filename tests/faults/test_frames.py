@@ -6,6 +6,7 @@ CI sends 600 to each port; `SERAC_FRAMES=10000 pytest tests/faults/test_frames.p
 import contextlib
 import os
 import queue
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -14,11 +15,15 @@ import pytest
 
 from engine.cluster import certs
 from engine.core.handoff import Fetch
+from engine.movers.addresses import Address
 from engine.movers.links import Links
 from engine.movers.tls import Tls
+from engine.replica import orders
+from engine.replica.team import meet_followers, meet_leader
 from tests.faults import hostile
 from tests.faults.cluster import Cluster
 from tests.faults.test_faults import some
+from tests.faults.worker import GEOMETRY
 
 FRAMES = int(os.environ.get("SERAC_FRAMES", "600"))
 SLOTS = {"p0": "prefill", "d0": "decode"}
@@ -149,6 +154,25 @@ def test_frames_of_strangers_to_a_tls_port_harm_nobody(behind_tls, tmp_path):
         time.sleep(0.01)
     assert not trap.exists() and front.counts["connected"] == 1 and front.counts["refused"] > sent / 2
     print(f"\n{sent} connections of strangers to a TLS port, {number} messages beside them: {dict(front.counts)}")
+
+
+def test_frames_of_strangers_to_the_door_of_a_lane_keep_no_follower_out(tmp_path):
+    """The leader of a lane that spans processes listens while they come."""
+    lost = []
+    with socket.create_server(("127.0.0.1", 0)) as door, ThreadPoolExecutor(THREADS) as pool:
+        there = hostile.Listener(os.getpid(), *door.getsockname())
+        leader = pool.submit(meet_followers, door, "p0", 2, SECRET, GEOMETRY, lost.append)
+        drawn = hostile.Hostile(1, tmp_path / "trap", b"")
+        for _ in range(FRAMES // 4):
+            hostile.send(there, drawn.draw(), False)
+        channel = meet_leader(str(Address("", there.host, there.port)), "p0", 1, SECRET, GEOMETRY)
+        followers = leader.result(10)
+    with contextlib.closing(channel), contextlib.closing(followers):
+        channel.say(orders.Here("the same"))
+        followers.together("the same")
+    for each in (channel, *followers.channels):
+        each._socket.close()  # a lane's process ends with its channels
+    assert not lost and not (tmp_path / "trap").exists()
 
 
 @pytest.mark.slow
