@@ -273,7 +273,7 @@ class Nixl:
             agent = Agent(found, devices)
             agent.register(self.landing.region)
             made.set_result(agent.register(self.staging.region))
-        except self._failures as error:
+        except (OSError, RuntimeError, *self._failures) as error:
             made.set_exception(OSError(type(error).__name__))
             return
         pause: float | None = None
