@@ -23,6 +23,7 @@ from engine.core.messages import (
     Expect,
     Failed,
     Fence,
+    Held,
     Hold,
     Load,
     Meet,
@@ -108,8 +109,8 @@ class Agent:
         tokens = _known(message.submit)
         total = -(-(tokens - 1) // self.scheduler.shape.block_size)
         self._expected[message.handoff] = message
-        target = Target(message.handoff, message.source, total, ticket=message.ticket)
-        target.offered = self._early.pop(message.handoff, None) == message.source
+        target = Target(message.handoff, message.source, total, ticket=message.ticket, claims=message.held)
+        target.offered = self._early.pop(message.handoff, None) == message.source or message.held
         self.targets[message.handoff] = target
 
     def _prefill(self, message: Prefill) -> None:
@@ -147,7 +148,7 @@ class Agent:
 
     def _to_source(self, now: float, sender: str, message: handoff.Message) -> None:
         number = message.handoff
-        if (source := self.sources.get(number)) is not None and source.target == sender:
+        if (source := self.sources.get(number)) is not None and source.admits(sender, message):
             self._send(sender, source.receive(now, message))
         elif isinstance(message, Fetch):
             self._send(sender, [handoff.Gone(number, self._over.get(number, "it is over"))])
@@ -192,8 +193,9 @@ class Agent:
     def fail(self, step: int | None, message: str) -> None:
         """The device failed (in `step`, if one is to blame) and the pool is gone: KV on its way here is lost."""
         self.work.clear()
-        for number in self._expected:
-            target = self.targets[number]
+        for number, target in self.targets.items():
+            if number not in self._expected and target.state is not State.QUARANTINED:
+                continue
             target.state, target.reason = State.ABORTED, "the device failed"
             self._send(target.source, [Stop(number)])
         told = self.scheduler.pool.news is not None
@@ -262,12 +264,13 @@ class Agent:
                 arrivals.adopt(self.scheduler, *expected.submit, blocks, _known(expected.submit) - 1)
             else:
                 self.scheduler.reserved.drop(target.handoff)
+        gave_up = target.state in OVER or (target.claims and target.state is State.QUARANTINED)
+        if gave_up and self._expected.pop(target.handoff, None) is not None:
+            self._tell(Failed(target.handoff, target.reason))
         if target.state in OVER:
             self.asked_again += max(target.generation - 1, 0)
             del self.targets[target.handoff]
-            if self._expected.pop(target.handoff, None) is not None:
-                self.scheduler.reserved.drop(target.handoff)
-                self._tell(Failed(target.handoff, target.reason))
+            self.scheduler.reserved.drop(target.handoff)
 
     def _pump(self, source: Source) -> None:
         """List what may be sent; forget a source that is over."""
@@ -323,6 +326,8 @@ class Agent:
         else:
             size, whole = self.scheduler.shape.block_size, positions == len(sequence.tokens) - 1
             self._send(source.target, source.computed(self._now, source.total if whole else positions // size))
+            if whole and not source.target:
+                self._tell(Held(source.handoff))
 
     def _ended(self, event: events.Ended, sequence: Sequence) -> None:
         if not sequence.rests:

@@ -16,6 +16,10 @@ can land. Blocks are reserved before anything is asked for and stay WRITING unti
 A message may be lost, doubled, late, out of order or bad: every message but a part may be said again without harm,
 and whoever waits for an answer asks again.
 
+A source may be made without a target: its prompt is computed first, and the lane that shows the ticket first gets
+it (`Source.admits`). That target claims what a lane of another cluster holds, of whose death nobody tells it: it
+gives up soon, and its blocks leave quarantine once the source's lease must be over.
+
 Pure: `now` is an argument, messages are returned, blocks are the caller's (engine/core/agent.py).
 Source: DESIGN.md, "The handoff"; RELIABILITY.md 2.3, rules R1-R7.
 """
@@ -30,6 +34,7 @@ ASK_AGAIN_S = 0.25  # first wait for an answer; doubles up to ASK_AT_LEAST_S
 ASK_AT_LEAST_S = 2.0
 MAX_BAD = 3  # parts in a row whose bytes are not what their checksum says
 STALLED_S = 60.0  # a target without any progress gives up
+CLAIM_S = 5.0  # the same, where the source had everything before it was asked
 LEASE_S = 30.0  # a source that has blocks, and whose target says nothing, lets go
 
 
@@ -143,6 +148,7 @@ class Target:
     ask_at: float = float("inf")
     wait_s: float = ASK_AGAIN_S
     moved_at: float = 0.0
+    claims: bool = False  # what was held for whoever comes first
 
     def reserved(self, now: float, have: int) -> list[Message]:
         """Blocks are held, `have` of them found by prefix."""
@@ -157,7 +163,7 @@ class Target:
                 known, self.offered = self.offered, True
                 return False, [Later(self.handoff)] if known else []
             case Withdrawn(generation=self.generation) if self.state is State.RESERVED:
-                self.state, self.offered, self.have, self.ask_at = State.OFFERED, False, 0, float("inf")
+                return False, self._withdrawn()
             case Parts() if self.state in (State.RESERVED, State.COPYING):
                 return self._part(now, message)
             case Gone(reason=reason) if self.state in (State.RESERVED, State.COPYING):
@@ -167,6 +173,13 @@ class Target:
             case Released() | Gone() | Stopped() if self.state is State.COMMITTED:
                 self.state = State.RELEASED
         return False, []
+
+    def _withdrawn(self) -> list[Message]:
+        if self.claims:
+            self.state, self.reason = State.ABORTED, "its blocks were given to others"
+            return [Stop(self.handoff)]
+        self.state, self.offered, self.have, self.ask_at = State.OFFERED, False, 0, float("inf")
+        return []
 
     def _part(self, now: float, part: Parts) -> tuple[bool, list[Message]]:
         wanted = self.generation, self.have
@@ -203,7 +216,11 @@ class Target:
         """Ask again where an answer is overdue."""
         if now < self.ask_at or self.state in OVER:
             return []
-        if now - self.moved_at > STALLED_S and self.state is not State.QUARANTINED:
+        if self.state is State.QUARANTINED:
+            if self.claims and now - self.moved_at > STALLED_S:
+                self.state = State.ABORTED  # the source's lease is over by now
+                return []
+        elif now - self.moved_at > (CLAIM_S if self.claims else STALLED_S):
             if self.state is State.COMMITTED:
                 self.state = State.RELEASED  # the source's lease is over by now
                 return []
@@ -251,9 +268,17 @@ class Source:
     wait_s: float = ASK_AGAIN_S
     heard_at: float = 0.0
 
+    def admits(self, sender: str, message: Message) -> bool:
+        """Whether `sender` is its target; where there is none yet, he becomes it who shows the ticket."""
+        if not self.target and isinstance(message, Fetch) and compare_digest(message.ticket, self.ticket):
+            self.target = sender
+        return self.target == sender
+
     def computed(self, now: float, ready: int) -> list[Message]:
         """The prompt has its blocks, `ready` of them computed."""
         self.ready = ready
+        if not self.target:
+            self.heard_at = now  # its lease begins when all is computed
         if self.seated:
             return []
         self.seated, self.wait_s, self.ask_at, self.heard_at = True, ASK_AGAIN_S, now, now
@@ -317,7 +342,7 @@ class Source:
         offers = self.state is State.OFFERED and self.seated
         if (offers or self.state is State.COPYING) and now - self.heard_at > LEASE_S:
             self.cancel("its lease is over")
-        elif offers and now >= self.ask_at:
+        elif offers and self.target and now >= self.ask_at:
             self.ask_at, self.wait_s = now + self.wait_s, min(2 * self.wait_s, ASK_AT_LEAST_S)
             return [Offer(self.handoff)]
         return []

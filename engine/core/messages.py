@@ -1,7 +1,7 @@
 """What a front and a lane say to each other. Lanes among themselves speak the words of engine/core/handoff.py.
 
     front -> lane   Submit, Expect, Prefill, Cancel, Hold, Fence, Meet, Prefixes
-    lane -> front   Started, Emission, Scored, Over, Committed, Failed, Load, Blocks
+    lane -> front   Started, Emission, Scored, Over, Committed, Held, Failed, Load, Blocks
 
 A serial names one choice of one attempt, for ever: what a lane still says of an attempt that was given up bears a
 serial that nobody knows any more. A handoff's number is a serial too. Between front and lane messages arrive once
@@ -31,16 +31,23 @@ class Submit(NamedTuple):
 
 
 class Expect(NamedTuple):
-    """Serve these choices once the KV of the first one's tokens has come from lane `source`. ticket: 16 bytes."""
+    """Serve these choices once the KV of the first one's tokens has come from lane `source`. ticket: 16 bytes.
+
+    held    the source has everything, and gives it to whoever shows the ticket first
+    """
 
     handoff: int
     source: str
     submit: Submit
     ticket: bytes = b""
+    held: bool = False
 
 
 class Prefill(NamedTuple):
-    """Compute the KV of all but the last of the request's prompt tokens, for lane `target` to fetch."""
+    """Compute the KV of all but the last of the request's prompt tokens, for lane `target` to fetch.
+
+    Without a target it is held, for LEASE_S, for the first lane that shows the ticket.
+    """
 
     handoff: int
     target: str
@@ -126,6 +133,12 @@ class Committed(NamedTuple):
     handoff: int
 
 
+class Held(NamedTuple):
+    """The prompt of a handoff without a target is computed, and waits for whoever shows the ticket."""
+
+    handoff: int
+
+
 class Failed(NamedTuple):
     """A handoff came to nothing. `error` where trying again elsewhere cannot help."""
 
@@ -166,4 +179,4 @@ class Blocks(NamedTuple):
 
 
 ToLane = Submit | Expect | Prefill | Cancel | Hold | Fence | Meet | Prefixes
-ToFront = Started | Emission | Scored | Over | Committed | Failed | Load | Blocks
+ToFront = Started | Emission | Scored | Over | Committed | Held | Failed | Load | Blocks

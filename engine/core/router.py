@@ -18,27 +18,25 @@ Cost: one hash a block of a prompt when there are several lanes; a dict lookup a
 import heapq
 import math
 import secrets
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from engine.core import messages, prefix
 from engine.core.admission import Lane, admit, least_wait
 from engine.core.blocks import Content
 from engine.core.directory import Directory, Reader
 from engine.core.events import Emission
+from engine.core.holds import Claim, Holds
 from engine.core.journeys import Drawn, Ended, Event, Journey, Leg, Scored, Started, Track
-from engine.core.messages import Blocks, Cancel, Expect, Failed, Fence, Hold, Load, Prefill, Prefixes, Submit
+from engine.core.messages import Blocks, Cancel, Expect, Failed, Fence, Hold, Load, Meet, Prefill, Prefixes, Submit
 from engine.core.request import Request, Sampling, Stopping
 from engine.core.roles import Role
 from engine.core.sequence import Part
+from engine.core.whereabouts import Whereabouts
 from engine.errors import DeadlineExceeded, SeracError, Unavailable
 
 MOVE_S = 5e-3  # a handoff, beside its prompt
 SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
 MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts as the cause
-REMEMBERED = 1 << 16  # blocks whose lane is remembered
 
 
 def random_ticket() -> bytes:
@@ -63,21 +61,25 @@ class Router:
         self.journeys: dict[Journey, None] = {}
         self.max_wait_s = math.inf  # a new request that would wait longer for its first token is refused
         self.recoveries = self.handoffs = self.gaps = 0
-        self._block_size, self._root, self._draw_ticket = block_size, root, draw_ticket
+        self._block_size, self._draw_ticket = block_size, draw_ticket
         self._context, self._eos_ids = context, eos_ids
         self._legs: dict[int, Leg] = {}  # by serial and by handoff
         self._tracks: dict[int, Track] = {}  # by serial
         self._serial, self._now = 0, 0.0
         self._deadlines: list[tuple[float, int]] = []  # with the number of a journey
         self._due: dict[int, Journey] = {}  # open journeys with a deadline, by number
-        self._where: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # blocks that a lane has computed
+        self._where = Whereabouts(block_size, root)
         self._parked: list[list[Track]] = []  # no lane is there
         self.directory = Directory(prefix.start(root, "", b""))
+        self.holds = Holds(self.lanes, self._to, draw_ticket)
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, seed: int, now: float) -> Journey:
-        """Serve a request that was checked. Raises Unavailable when no lane is there, ResourceExhausted."""
+    def submit(self, request: Request, seed: int, now: float, claim: Claim | None = None) -> Journey:
+        """Serve a request that was checked; its prompt's KV may be held elsewhere, for who shows `claim`.
+
+        Raises Unavailable when no lane is there, ResourceExhausted.
+        """
         if not self.lanes:
             raise Unavailable("replica: no lane is ready; try again later")
         self._run(now)
@@ -92,8 +94,16 @@ class Router:
             journey.number = self._number()
             self._due[journey.number] = journey
             heapq.heappush(self._deadlines, (request.deadline_at, journey.number))
-        self._place(journey.tracks)
+        if claim is None or claim.handoff in self._legs or request.sampling.prompt_logprobs is not None:
+            self._place(journey.tracks)
+        else:
+            self._claim(journey, claim)
         return journey
+
+    def offer(self, request: Request, now: float) -> int:
+        """Have a prompt computed and held for a lane of another replica; `holds.told` says when."""
+        self._run(now)
+        return self.holds.open(request, -(-len(request.prompt_ids) // self._block_size), now, self.max_wait_s)
 
     def cancel(self, journey: Journey, reason: str = "abort", error: SeracError | None = None) -> None:
         """End every choice that still runs; again is nothing."""
@@ -141,6 +151,7 @@ class Router:
         if self.lanes.pop(name, None) is None:
             return
         self.directory.lost(name)
+        self.holds.lost(name)
         for other in self.lanes:
             self._to(other, Fence(name))
         hit = [leg for leg in self._legs.values() if leg.target == name or (leg.source == name and leg.handoff)]
@@ -163,8 +174,8 @@ class Router:
                     source.drew(number)
                 self._left(leg.source, number)
                 self._committed(leg)
-            case Failed(handoff=number) if (leg := self._legs.get(number)) is not None:
-                self._failed(leg, message)
+            case messages.Held() | Failed():
+                self._failed(message)
             case Load() if (view := self.lanes.get(lane)) is not None:
                 view.load, view.queued = message, 0
             case Blocks() if lane in self.lanes and self.directory.read:
@@ -188,7 +199,7 @@ class Router:
 
     def forget_blocks(self) -> None:
         """Let nobody find a block that is published now."""
-        self._where.clear()
+        self._where.forget()
         self._to_all(Prefixes(self.directory.read, True))
 
     def tick(self, now: float) -> None:
@@ -243,16 +254,19 @@ class Router:
 
     def _committed(self, leg: Leg) -> None:
         leg.handoff = 0
-        self._remember(leg.target, leg.chain)
+        self._where.remember(leg.target, leg.chain)
         if leg.tracks[0].journey.held:  # the lane knew none of the choices when it was said first
             self._to(leg.target, Hold(leg.serials, True))
 
-    def _failed(self, leg: Leg, failed: Failed) -> None:
-        if failed.error is None:
+    def _failed(self, failed: messages.Held | Failed) -> None:
+        """A handoff came to nothing, or one for another replica as far as it goes here."""
+        if (leg := self._legs.get(failed.handoff)) is None or isinstance(failed, messages.Held):
+            self.holds.hear(failed)
+        elif failed.error is None:
             self._again(leg, failed.reason)
-            return
-        for track in leg.tracks:
-            self.end(track, "deadline" if failed.reason == "deadline" else "error", error=failed.error)
+        else:
+            for track in leg.tracks:
+                self.end(track, "deadline" if failed.reason == "deadline" else "error", error=failed.error)
 
     # -- placing --------------------------------------------------------------------------------------------------
 
@@ -300,7 +314,7 @@ class Router:
         chain = self._chain(request, tokens)
         source, target = self._choose(request, len(tokens), chain)
         leg = Leg(tracks, target.name)
-        cached = self._cached((source or target).name, chain)
+        cached = self._where.cached((source or target).name, chain)
         for track in tracks:
             track.serial = self._number()
             self._legs[track.serial], self._tracks[track.serial] = leg, track
@@ -309,16 +323,33 @@ class Router:
         submit = Submit(request, journey.seed, parts)
         if source is None:
             target.queued += len(tokens) - cached
-            self._remember(target.name, chain)
+            self._where.remember(target.name, chain)
             self._to(target.name, submit)
         else:
             leg.chain = chain
             self._hand_off(leg, source, submit, tokens)
             source.queued += len(tokens) - cached
             source.place(leg.handoff, len(tokens) - cached)
-            self._remember(source.name, chain)
+            self._where.remember(source.name, chain)
         if journey.held:
             self._to(target.name, Hold(leg.serials, True))
+
+    def _claim(self, journey: Journey, claim: Claim) -> None:
+        """Serve on the lane that waits least, which fetches the prompt's KV from whoever holds it."""
+        request, length = journey.request, len(journey.request.prompt_ids)
+        blocks = -(-length // self._block_size)
+        target = min(self._pools(request, length)[0], key=lambda lane: lane.wait_s(1, blocks))
+        leg = Leg(journey.tracks, target.name, claim.lane, claim.handoff, self._chain(request, request.prompt_ids))
+        self._legs[claim.handoff] = leg
+        for track in journey.tracks:
+            track.serial = self._number()
+            self._legs[track.serial], self._tracks[track.serial] = leg, track
+            target.place(track.serial, 1 if track is journey.tracks[0] else 0)
+        self.handoffs += 1
+        parts = tuple(Part(track.serial, track.choice) for track in journey.tracks)
+        self._to(target.name, Meet(claim.lane, claim.addresses, claim.tp))
+        submit = Submit(request, journey.seed, parts)
+        self._to(target.name, Expect(claim.handoff, claim.lane, submit, claim.ticket, held=True))
 
     def _hand_off(self, leg: Leg, source: Lane, submit: Submit, tokens: tuple[int, ...]) -> None:
         self.handoffs += 1
@@ -354,40 +385,20 @@ class Router:
         blocks = -(-length // self._block_size)
         best: tuple[float, Lane | None, Lane] | None = None
         for target in decoding:
-            rest = length - self._cached(target.name, chain)
+            rest = length - self._where.cached(target.name, chain)
             alone = target.wait_s(rest, blocks)
             if self._may_serve_alone(target, rest, prefilling):
                 best = _lesser(best, (alone, None, target))
             for source in prefilling:
                 if source is not target:
-                    todo = length - self._cached(source.name, chain)
+                    todo = length - self._where.cached(source.name, chain)
                     moved = source.wait_s(todo, blocks) + target.wait_s(1, blocks) + MOVE_S
                     best = _lesser(best, (moved, source, target))
         assert best is not None
         return best[1], best[2]
 
-    def _chain(self, request: Request, tokens: Sequence[int]) -> list[bytes]:
-        if len(self.lanes) < 2:
-            return []
-        parent = prefix.start(self._root, request.adapter, request.salt)
-        contents = prefix.extend(parent, (), np.array(tokens[:-1], np.int32), self._block_size)
-        return [content.key for content in contents]
-
-    def _cached(self, lane: str, chain: list[bytes]) -> int:
-        """Tokens of the longest prefix that the lane has computed, as far as is remembered."""
-        found = 0
-        for key in chain:
-            if (key, lane) not in self._where:
-                break
-            found += 1
-        return found * self._block_size
-
-    def _remember(self, lane: str, chain: list[bytes]) -> None:
-        for key in chain:
-            self._where[key, lane] = None
-            self._where.move_to_end((key, lane))
-        while len(self._where) > REMEMBERED:
-            self._where.popitem(last=False)
+    def _chain(self, request: Request, tokens: tuple[int, ...]) -> list[bytes]:
+        return self._where.chain(request, tokens) if len(self.lanes) > 1 else []
 
     def _close(self, track: Track) -> None:
         track.over = True
@@ -426,7 +437,8 @@ class Router:
         assert all(leg.target in self.lanes for leg in self._legs.values())
         assert all(track.serial in self._legs for track in self._tracks.values())
         placed = {number for lane in self.lanes.values() for number in (*lane.placed, *lane.drawing)}
-        assert placed == self._legs.keys(), "a lane counts other work than is open"
+        claimed = {leg.handoff for leg in self._legs.values() if leg.handoff and leg.source not in self.lanes}
+        assert placed == self._legs.keys() - claimed, "a lane counts other work than is open"
 
 
 def _lesser(

@@ -242,7 +242,7 @@ def _numbered(packet: Packet) -> bool:
 
 CARRIED: Mapping[int, tuple[type, Field]] = {
     16: (messages.Submit, SUBMIT),
-    17: (messages.Expect, group(messages.Expect, HANDOFF, text("so", NAME), SUBMIT, TICKET)),
+    17: (messages.Expect, group(messages.Expect, HANDOFF, text("so", NAME), SUBMIT, TICKET, switch("he"))),
     18: (messages.Prefill, group(messages.Prefill, HANDOFF, text("tg", NAME), REQUEST, TICKET)),
     19: (messages.Cancel, group(messages.Cancel, wholes("ss"), HANDOFF, text("re", WORDS))),
     20: (messages.Hold, group(messages.Hold, wholes("ss"), switch("hd"))),
@@ -259,6 +259,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
         messages.Load,
         group(messages.Load, *(whole(f"n{k}") for k in range(9)), _loads(), *(whole(f"t{k}") for k in range(9))),
     ),
+    40: (messages.Held, group(messages.Held, HANDOFF)),
     39: (messages.Blocks, group(messages.Blocks, switch("wh"), _news())),
 }
 BETWEEN: Mapping[int, tuple[type, Field]] = {

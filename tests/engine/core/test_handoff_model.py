@@ -333,7 +333,7 @@ BUGS = (
     ("hear of an old withdrawal", "            case Withdrawn(generation=self.generation) if",
      "            case Withdrawn() if"),
     ("reserve unasked", "known, self.offered = self.offered, True", "known, self.offered = self.offered, False"),
-    ("never offer again", "        elif offers and now >= self.ask_at:\n",
+    ("never offer again", "        elif offers and self.target and now >= self.ask_at:\n",
      "        elif offers and now == self.ask_at == self.heard_at:\n"),
     ("serve what is over", "            return [Gone(self.handoff, self.reason or \"it is over\")]\n",
      "            pass\n"),

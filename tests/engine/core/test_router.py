@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.core import messages, router
+from engine.core import messages, whereabouts
 from engine.core.events import Emission
 from engine.core.journeys import Drawn, Ended, Scored, Started
 from engine.core.messages import Cancel, Committed, Expect, Failed, Fence, Hold, Load, Over, Prefill, Submit
@@ -151,11 +151,11 @@ def test_a_request_goes_where_its_prefix_is_cached_until_the_queue_there_is_long
 
 
 def test_blocks_that_a_lane_is_remembered_for_are_bounded(monkeypatch):
-    monkeypatch.setattr(router, "REMEMBERED", 16)
+    monkeypatch.setattr(whereabouts, "REMEMBERED", 16)
     front = Front(a="both", b="both")
     for k in range(10):
         front.ask(range(k * 40, k * 40 + 40))
-    assert len(front.router._where) == 16
+    assert len(front.router._where._where) == 16
 
 
 def test_a_lane_is_placed_on_by_its_new_role_and_what_it_serves_stays():

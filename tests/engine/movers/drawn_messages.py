@@ -138,7 +138,9 @@ class Drawn:
         states = tuple((state, n()) for state in ("copying", "reserved")[: rng.randrange(3)])
         makers = {
             messages.Submit: self.submit,
-            messages.Expect: lambda: messages.Expect(n(), self.words(), self.submit(), rng.randbytes(16)),
+            messages.Expect: lambda: messages.Expect(
+                n(), self.words(), self.submit(), rng.randbytes(16), rng.random() < 0.5
+            ),
             messages.Prefill: lambda: messages.Prefill(n(), self.words(), self.request(), rng.randbytes(16)),
             messages.Cancel: lambda: messages.Cancel(tuple(n() for _ in range(3)), n(), self.words()),
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
@@ -162,6 +164,7 @@ class Drawn:
             ),
             membership.Welcome: lambda: membership.Welcome(self.words(), n()),
             membership.Refused: lambda: membership.Refused(self.words()),
+            membership.Line: lambda: membership.Line(self.words()),
             Packet: self.packet,
         }
         return makers[kind]() if kind in makers else kind(n())
