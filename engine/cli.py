@@ -82,6 +82,9 @@ def add_worker(parser: Parser) -> None:
     parser.add_argument("--lane-interface", default="127.0.0.1", metavar="ADDRESS",
                         help="of this host, where others of the lane reach it (default %(default)s)")  # fmt: skip
     parser.add_argument("--trusted-network", action="store_true", help="nobody else reaches that interface")
+    parser.add_argument("--front", metavar="HOST:PORT", help="the front, where an engine started this process and "
+                        "SERAC_CLUSTER_SECRET or SERAC_CLUSTER_SECRET_FILE holds the secret")  # fmt: skip
+    parser.add_argument("--certs", type=Path, metavar="DIR", help="folder of this process's certificates")
 
 
 def worker(options: argparse.Namespace) -> int:
@@ -94,13 +97,20 @@ def worker(options: argparse.Namespace) -> int:
     place = hello.place_of(words, options.role, tp, options.trusted_network)
     start_anew(settings, f"tp={tp // place.processes}")
     doors = hello.open_doors(place)
-    from engine.starter import Starter
+    from engine import starter
+    from engine.movers import greeting
+    from engine.movers.tls import Tls
 
-    starter = Starter(sys.stdin, sys.stdout)
-    starter.say(**hello.hello(place, settings, doors))
+    tls = None if options.certs is None else Tls(options.certs)
+    if options.front is None:
+        lines: starter.Lines = starter.Pipes(sys.stdin, sys.stdout)
+    else:
+        lines = starter.Visit(f"{place.lane}/{place.rank}", options.front, greeting.read_secret(os.environ), tls)
+    kept = starter.Starter(lines)
+    kept.say(**hello.hello(place, settings, doors))
     from engine import worker
 
-    return worker.run(settings, place, doors, starter)
+    return worker.run(settings, place, doors, kept, tls)
 
 
 def add_generate(parser: Parser) -> None:

@@ -12,21 +12,32 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
+from engine import certificates
 from engine.clock import SystemClock
 from engine.cluster import local
+from engine.cluster.commands import LANE, SECRET_FILE
+from engine.cluster.process import Command, Seat
 from engine.cluster.reading import of_lanes
-from engine.cluster.supervisor import Command, Supervisor
+from engine.cluster.supervisor import Supervisor
 from engine.cluster.topology import Host, Topology
 from engine.config import ROWS, Settings
+from engine.core.membership import Line
+from engine.core.messages import FRONT
 from engine.core.request import Limits
 from engine.errors import ConfigError, Unavailable
 from engine.lanes import LaneSpec, spoken
 from engine.movers import addresses
+from engine.movers.greeting import read_secret
+from engine.movers.links import Links
+from engine.movers.tls import Tls
 from engine.observe.metrics import Metrics
+from engine.reception import Reception
 from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
+from engine.replica.remote import Remote
 from engine.replica.replica import ModelInfo, Replica
 from engine.text.text import Text
 
@@ -45,6 +56,7 @@ LISTEN = "127.0.0.1:0"
 JOIN_S = 30.0
 JOIN_POLL_S = 0.05
 
+Process = TypeVar("Process")
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -56,30 +68,41 @@ def replica(settings: Settings, progress: Progress) -> Replica:
 
 
 class Front:
-    """The processes of a replica and how they join it. `commands` by lane and rank."""
+    """The processes of a replica and how they join it. `commands` by lane and rank; none: others start them."""
 
     def __init__(self, settings: Settings, topology: Topology, commands: Mapping[tuple[str, int], Command]):
         self._settings, self._topology = settings, topology
-        self._secret = secrets.token_bytes(32)
+        certs = topology.security.certs
+        self._tls = None if certs is None else Tls(certs / FRONT)
+        self._secret = secret_of(topology, bool(commands))
         self._replica: Replica | None = None  # until all lanes are ready
-        self._folder = ""  # of the sockets where lanes of this machine listen for each other
-        by_lane = {
-            lane.name: [commands[lane.name, rank] for rank in range(len(lane.hosts))] for lane in topology.lanes
-        }
-        self._supervisor = Supervisor(by_lane, self._told)
+        self._remote: Remote | None = None
+        self._links = Links(FRONT, self._secret, self._hear, self._gone, tls=self._tls)
+        self._folder = tempfile.TemporaryDirectory(prefix="serac-", ignore_cleanup_errors=True)
+        slots = [(lane, rank) for lane in topology.lanes for rank in range(len(lane.hosts))]
+        seats = {(lane.name, rank): Seat(rank, lane.hosts[rank]) for lane, rank in slots} if not commands else {}
+        self._reception = Reception(seats, self._links.post)
+        self._supervisor = Supervisor(grouped(commands or seats), self._told, self._certificates)
 
     def start(self, progress: Progress) -> Replica:
-        """Start the processes and wait until every lane has joined."""
-        facts, lanes = self._supervisor.start(progress), self._topology.lanes
-        made = _replica(self._settings, lanes, facts)
-        folder = tempfile.TemporaryDirectory(prefix="serac-", ignore_cleanup_errors=True)
-        self._folder = folder.name
-        made.on_stop += [folder.cleanup, self._supervisor.stop]  # the last is the first
-        made.serve_remote(self._secret, [self._topology.front.address])
+        """Start the processes, or wait for those that others start, until every lane has joined."""
+        lanes = self._topology.lanes
+        self._links.start([self._topology.front.address])
+        try:
+            facts = self._supervisor.start(progress)
+            made = _replica(self._settings, lanes, facts)
+        except BaseException:
+            self._supervisor.stop()
+            self._links.close()
+            self._folder.cleanup()
+            raise
+        made.on_stop += [self._folder.cleanup, self._supervisor.stop]  # the last is the first
+        self._remote = made.serve_remote(self._links)
         made.absent = self._absent
+        made.on_reload.append(self.reload)
         self._replica = made
         for slot in self._supervisor.workers:
-            self._join(slot, made)
+            self._join(slot)
         until = time.monotonic() + JOIN_S
         while (joined := len(made.router.lanes)) < len(lanes):
             progress("lanes joining", joined, len(lanes))
@@ -89,19 +112,41 @@ class Front:
             time.sleep(JOIN_POLL_S)
         return made
 
+    def reload(self) -> None:
+        """Certificates that are new: for ours, and for the processes that we started."""
+        if self._tls is not None and self._tls.reload() and (files := self._certificates()) is not None:
+            for worker in self._supervisor.workers.values():
+                worker.say([{"tls": files}] * len(worker.processes))
+
+    def _certificates(self) -> dict[str, str] | None:
+        """Those of lanes, for a process that is started on a host that has none."""
+        certs = self._topology.security.certs
+        return None if certs is None else certificates.read(certs / LANE)
+
+    def _hear(self, sender: str, message: object) -> None:
+        """What comes over the links, on their thread."""
+        if isinstance(message, Line):
+            self._reception.heard(sender, message)
+        elif (remote := self._remote) is not None:
+            remote.hear(sender, message)
+
+    def _gone(self, peer: str) -> None:
+        self._reception.gone(peer)
+        if (remote := self._remote) is not None:
+            remote.gone(peer)
+
     def _told(self, slot: str, words: dict) -> None:
         """What a lane's processes say, or that they have ended; on a thread of theirs."""
-        if (made := self._replica) is None or made.remote is None:
+        if (remote := self._remote) is None or self._replica is None:
             return
         if words["event"] == "exit" and words.get("name"):
-            made.remote.lost(words["name"])
+            remote.gone(words["name"])
         elif words["event"] == "ready":
-            self._join(slot, made)
+            self._join(slot)
 
-    def _join(self, slot: str, made: Replica) -> None:
+    def _join(self, slot: str) -> None:
         """Tell each process where the front listens, where it shall, and what proves that it may come."""
-        assert made.remote is not None
-        words = {"front": made.remote.links.addresses[0], "secret": self._secret.hex()}
+        words = {"front": self._links.addresses[0], "secret": self._secret.hex()}
         hosts = [self._topology.host(name) for name in self._topology.lane(slot).hosts]
         listen = [self._listen(slot, rank, host) for rank, host in enumerate(hosts)]
         self._supervisor.workers[slot].say([{**words, "listen": each} for each in listen])
@@ -110,7 +155,7 @@ class Front:
         """Where others find a process: on this machine at a unix socket, so that they share memory."""
         if not host.loopback:
             return f"{host.address}:0"
-        address = f"unix:{self._folder}/{slot}.{rank}.sock"
+        address = f"unix:{self._folder.name}/{slot}.{rank}.sock"
         try:
             addresses.parse(address)
         except ConfigError:  # its path is too long
@@ -124,6 +169,21 @@ class Front:
         states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in workers.items()}
         missing = [lane for lane in self._topology.lanes if lane.name not in there]
         return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in missing]
+
+
+def secret_of(topology: Topology, ours: bool) -> bytes:
+    """The cluster's secret: new each time where we hand it out ourselves. Raises ConfigError."""
+    if (file := topology.security.secret_file) is not None:
+        return read_secret({SECRET_FILE: str(file)})
+    return secrets.token_bytes(32) if ours else read_secret(os.environ)
+
+
+def grouped(processes: Mapping[tuple[str, int], Process]) -> dict[str, list[Process]]:
+    """By lane, in the order of ranks, what is given by lane and rank."""
+    found: dict[str, list[Process]] = {}
+    for (lane, _), each in sorted(processes.items()):
+        found.setdefault(lane, []).append(each)
+    return found
 
 
 def here(settings: Settings) -> Topology:

@@ -87,7 +87,11 @@ async def _serve(
         addresses = {"grpc": public, "admin": admin, **doors}
         banner.show(f"serac {version} {info.name}", addresses | shown(replica.describe, out.isatty()), out)
 
-    return await process.run(server, announce)
+    def reload() -> None:
+        for each in replica.on_reload:
+            each()
+
+    return await process.run(server, announce, reload)
 
 
 def worker_door(replica: Replica, version: str) -> Door:

@@ -21,7 +21,8 @@ from typing import TextIO
 from engine import front, launch
 from engine.cluster import kubernetes, places, ray, reading, slurm
 from engine.cluster.become import become
-from engine.cluster.supervisor import Command
+from engine.cluster.process import Command
+from engine.cluster.rules import mistakes
 from engine.cluster.topology import Topology, placed
 from engine.cluster.yaml_text import yaml_of
 from engine.config import Settings, whole
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace, version: str, out: TextIO) -> int:
             os.execvpe(made.arguments[0], list(made.arguments), dict(made.environment))
         return show({(options.lane, -1): made}, topology, "here", out)
     if options.listen:
-        topology = replace(topology, front=replace(topology.front, address=options.listen))
+        topology = listening(topology, options.listen)
     if options.front_only:
         return start(topology, {}, version, out)
     over = places.chosen(topology, options.over)
@@ -59,10 +60,16 @@ def run(options: argparse.Namespace, version: str, out: TextIO) -> int:
     return start(topology, places.commands(topology, over), version, out)
 
 
+def listening(topology: Topology, address: str) -> Topology:
+    """The same with the front at another address, which keeps to the same rules. Raises ConfigError."""
+    made = replace(topology, front=replace(topology.front, address=address))
+    for _, words in mistakes(made):
+        raise ConfigError(f"listen: {words}", field="listen")
+    return made
+
+
 def start(topology: Topology, commands: Mapping[tuple[str, int], Command], version: str, out: TextIO) -> int:
     """Serve the front with its processes until it is drained."""
-    if not commands:
-        raise ConfigError("front: lanes that others start cannot join yet; expected --over local or ssh")
 
     def build(settings: Settings, progress: front.Progress) -> Replica:
         return front.Front(settings, topology, commands).start(progress)

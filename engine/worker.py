@@ -5,17 +5,23 @@ hello -> "start": the processes of the lane meet -> model loaded, programs compi
 its input ends, SIGTERM -> 0; before it serves, its end at once; another process of its lane is lost -> 75
 """
 
+import ipaddress
 import logging
 import os
 import signal
 import sys
+import threading
 from functools import partial
+from typing import NamedTuple
 
+from engine.certificates import given
 from engine.clock import SystemClock
 from engine.config import Settings
+from engine.errors import ConfigError
 from engine.hello import Doors, Place
 from engine.movers.choice import check, choose
 from engine.movers.spans import Span
+from engine.movers.tls import Tls
 from engine.observe import logs
 from engine.replica import orders
 from engine.replica.build_lane import Built, choose_lane, lane
@@ -31,11 +37,22 @@ from sharding import processes
 LISTEN = "127.0.0.1:0"
 
 
-def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter) -> int:
+class Here(NamedTuple):
+    """What every part of a process needs to know of it."""
+
+    settings: Settings
+    place: Place
+    starter: Starter
+    tls: Tls | None
+
+
+def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter, tls: Tls | None) -> int:
     """Serve until the input ends; returns the exit code. The hello was said."""
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
     check(settings.kv_mover)
     start = starter.wait("start")["start"]
+    here = Here(settings, place, starter, given(starter, start.get("tls"), tls))
+    check_orders(here)
     if place.processes > 1:
         starter.show("connect", 0, 1)
         processes.join(place.rank, place.processes, start["coordinator"], place.local_ids)
@@ -43,27 +60,34 @@ def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter)
     chosen = choose_lane(settings)
     secret = bytes.fromhex(start["secret"])
     if place.rank:
-        channel = meet_leader(start["orders"], place.lane, place.rank, secret, chosen.geometry)
+        channel = meet_leader(start["orders"], place.lane, place.rank, secret, chosen.geometry, here.tls)
         built = lane(settings, place.lane, chosen, starter.show, partial(together, channel), logged=False)
-        return follow(settings, place, built, starter, channel)
+        return follow(here, built, channel)
     if doors is None:
-        built = lane(settings, place.lane, chosen, starter.show)
-        return lead(settings, place, built, starter, Followers((), starter.lost))
-    about = place.lane, place.processes, secret, chosen.geometry, starter.lost
-    followers = meet_followers(doors.orders, *about)
-    built = lane(settings, place.lane, chosen, starter.show, followers.together)
-    return lead(settings, place, built, starter, followers)
+        return lead(here, lane(settings, place.lane, chosen, starter.show), Followers((), starter.lost))
+    about = place.processes, secret, chosen.geometry, starter.lost, here.tls
+    followers = meet_followers(doors.orders, place.lane, *about)
+    return lead(here, lane(settings, place.lane, chosen, starter.show, followers.together), followers)
 
 
-def lead(settings: Settings, place: Place, built: Built, starter: Starter, followers: Followers) -> int:
+def check_orders(here: Here) -> None:
+    """Raise ConfigError where orders would leave this host in the clear: they hold prompts."""
+    beyond = not ipaddress.ip_address(here.place.interface).is_loopback
+    if here.place.processes > 1 and beyond and here.tls is None:
+        raise ConfigError("lane_interface: got one beyond this host, and no certificates; give certs in "
+                          "[security], which serac certs init makes", field="lane_interface")  # fmt: skip
+
+
+def lead(here: Here, built: Built, followers: Followers) -> int:
     """Join the front with the lane, and serve."""
+    place, starter = here.place, here.starter
     device = Lockstep(built.device, followers, starter.lost) if followers.channels else built.device
 
     def make_lane(name, courier):
         return built.make_lane(name, courier, device)
 
     starter.say(event="ready", lane=place.lane, role=place.role, rank=0, **built.facts)
-    found = reach(settings, place, built, starter)
+    found = reach(here, built)
     about = make_lane, built.names, found, built.content, SystemClock()
     joined = Joined(place.role, *about, Span(built.tp, place.processes), followers)
     signal.signal(signal.SIGTERM, lambda *_: joined.stop())
@@ -71,34 +95,32 @@ def lead(settings: Settings, place: Place, built: Built, starter: Starter, follo
     found.ways.close()
     built.close()
     followers.close()
-    return ended(place)
+    return ended(here)
 
 
-def follow(settings: Settings, place: Place, built: Built, starter: Starter, channel: Channel) -> int:
+def follow(here: Here, built: Built, channel: Channel) -> int:
     """Carry out the leader's orders until it ends."""
-    leaving: list[bool] = []
-    signal.signal(signal.SIGTERM, lambda *_: leaving.append(True))  # the leader ends first, and this with it
+    place, starter, leaving = here.place, here.starter, threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leaving.set())  # the leader ends first, and this with it
     starter.say(event="ready", lane=place.lane, role=place.role, rank=place.rank, **built.facts)
 
     def lost(reason: str) -> None:
-        if leaving:
-            os._exit(ended(place))
+        if leaving.is_set():
+            os._exit(ended(here))
         starter.lost(reason)
 
-    span = Span(built.tp, place.processes)
-    found = reach(settings, place, built, starter)
+    found = reach(here, built)
     about = built.device, built.bounds, found, built.content, SystemClock()
-    Follower(channel, place.rank, span, *about, lost).run()
-    found.ways.close()
-    return ended(place)
+    Follower(channel, place.rank, Span(built.tp, place.processes), *about, lost).run()
+    return ended(here)
 
 
-def reach(settings: Settings, place: Place, built: Built, starter: Starter) -> Reach:
+def reach(here: Here, built: Built) -> Reach:
     """How this process reaches the front and other lanes, once the starter says it."""
-    words = starter.wait("front")
+    words = here.starter.wait("front")
     listen = [words.get("listen", LISTEN)]
-    ways = choose(settings.kv_mover, listen, place.trusted)
-    return Reach(words["front"], listen, bytes.fromhex(words["secret"]), built.geometry, ways=ways)
+    ways = choose(here.settings.kv_mover, listen, here.place.trusted)
+    return Reach(words["front"], listen, bytes.fromhex(words["secret"]), built.geometry, here.tls, ways)
 
 
 def together(channel: Channel, found: str) -> None:
@@ -108,11 +130,11 @@ def together(channel: Channel, found: str) -> None:
         raise RuntimeError(f"expected Go, got {type(order).__name__}")
 
 
-def ended(place: Place) -> int:
+def ended(here: Here) -> int:
     """Said in the log; JAX would wait at its exit for processes of the lane that have ended already."""
     logging.getLogger("serac").info("left")
-    if place.processes > 1:
+    if here.place.processes > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
-    return 0
+        os._exit(here.starter.exit_code)
+    return here.starter.exit_code

@@ -66,7 +66,7 @@ QUICK = {
     f"engine.{part}"
     for part in (
         *("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top"),
-        *("hello", "starter"),
+        *("hello", "starter", "certificates", "reception"),
     )
 }
 TOP = {

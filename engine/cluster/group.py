@@ -17,9 +17,13 @@ Said = tuple[int, dict]  # (to which rank, the line)
 
 
 class Group:
-    """`hosts` by rank, as a person calls them. `problem` and `code` say why it can never be ready, if it cannot."""
+    """`hosts` by rank, as a person calls them. `problem` and `code` say why it can never be ready, if it cannot.
 
-    def __init__(self, lane: str, hosts: Sequence[str], now: float):
+    patient  who has not come is named again and again, and waited for
+    """
+
+    def __init__(self, lane: str, hosts: Sequence[str], now: float, patient: bool = False):
+        self._patient = patient
         self.problem, self.code = "", 0
         self.facts: dict | None = None  # of rank 0, once all are ready
         self.stages: dict[int, tuple[str, int, int]] = {}
@@ -43,15 +47,25 @@ class Group:
                 self.problem = self.problem or f"{self._who(rank)}: {words.get('reason', '')!s:.500}"
         return []
 
-    def look(self, now: float) -> None:
-        """Notice who has not come in time."""
+    def look(self, now: float) -> str:
+        """Notice who has not come in time; what to tell a person, if anything."""
         missing = [rank for rank in range(len(self._hosts)) if rank not in self._hellos]
-        if missing and now - self._began > HELLO_S and not self.code:
-            self.code = Unavailable.exit_code
-            self.problem = (
-                f"{self._who(missing[0])} has said nothing for {HELLO_S:.0f} s; expected its hello: is the host "
-                "up, and does it have Serac? `serac doctor --hosts` looks"
-            )
+        if not missing or now - self._began <= HELLO_S or self.code:
+            return ""
+        notice = (
+            f"{self._who(missing[0])} has said nothing for {HELLO_S:.0f} s; expected its hello: is the host up, "
+            "and does it have Serac? `serac doctor --hosts` looks"
+        )
+        if self._patient:
+            self._began = now
+        else:
+            self.code, self.problem = Unavailable.exit_code, notice
+        return notice
+
+    @property
+    def begun(self) -> bool:
+        """Whether anybody has come."""
+        return bool(self._hellos)
 
     @property
     def _started(self) -> bool:
@@ -65,7 +79,7 @@ class Group:
                 return []
         words = {name: first.get(name, "") for name in ("orders", "coordinator")}
         words |= {"secret": secrets.token_hex(32), "epoch": secrets.token_hex(8)}
-        return [(rank, {"start": words}) for rank in range(len(self._hosts))]
+        return [(rank, {"start": dict(words)}) for rank in range(len(self._hosts))]
 
     def _who(self, rank: int) -> str:
         return f"{f'rank {rank}' if len(self._hosts) > 1 else 'its process'} on {self._hosts[rank]}"

@@ -10,121 +10,44 @@ reads JSON lines, which say with whom to meet and how to join, and ends when its
 started it, also at the other end of an ssh channel. Costs two threads a process and one a lane.
 """
 
-import contextlib
-import json
 import logging
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import IO
 
 from engine.cluster.group import Group
-from engine.errors import ConfigError, Misfit, SeracError, Unavailable
+from engine.cluster.process import Command, Process, Put, Seat, Started
+from engine.errors import ConfigError, GroupLost, Misfit, SeracError, Unavailable
+
+__all__ = ["Command", "Supervisor"]
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 STEADY_S = 60.0  # a lane that lived so long starts with a fresh count
-LOOK_S = 0.2
 MOST_STARTS = 6
 STOP_S = 10.0
-LAST_LINES = 20
+LOOK_S = 0.2
+BEAT_S = 2.0  # a process that hears nothing for long takes itself for cut off
 FINAL = (ConfigError.exit_code, Misfit.exit_code)
-ERROR = "serac: error: "
 
 logger = logging.getLogger("serac.supervisor")
 
 Told = Callable[[str, dict], None]  # (lane, words)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """How to start a process, and where that is, for a person."""
-
-    arguments: Sequence[str]
-    environment: Mapping[str, str]
-    host: str = "this host"
-
-
-class Process:
-    """Rank `rank` of a lane, from its start to its end. `put((rank, words))` gets each line, None at the end."""
-
-    def __init__(self, lane: str, rank: int, command: Command, put: Callable[[tuple[int, dict | None]], None]):
-        self.rank, self.command, self._put = rank, command, put
-        self.problem = ""  # why it ended, in its own words
-        self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self._name = f"{lane}/{rank}" if rank else lane
-        self.popen = subprocess.Popen(
-            command.arguments,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=dict(command.environment),
-            start_new_session=True,
-        )
-        self._errors = threading.Thread(target=self._pass_on, args=(self.popen.stderr,), daemon=True)
-        self._lines = threading.Thread(target=self._read, args=(self.popen.stdout,), daemon=True)
-        self._errors.start()
-        self._lines.start()
-
-    def say(self, words: dict) -> None:
-        """One JSON line for the process to read."""
-        assert self.popen.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it is gone, as the thread that reads from it tells
-            self.popen.stdin.write(json.dumps(words) + "\n")
-            self.popen.stdin.flush()
-
-    def end(self, until: float) -> None:
-        """Wait until then for one that was asked to end, then end it with all that it started."""
-        try:
-            self.popen.wait(max(until - time.monotonic(), 0.01))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-            self.popen.wait()
-        self._lines.join()
-        self._errors.join()
-        for stream in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
-            assert stream is not None
-            with contextlib.suppress(OSError):  # what it never read
-                stream.close()
-
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            try:
-                words = json.loads(line)
-            except ValueError:
-                logger.info("worker %s: %s", self._name, line.rstrip())
-                continue
-            if isinstance(words, dict):
-                self._put((self.rank, words))
-        self.popen.wait()
-        self._errors.join()
-        self._put((self.rank, None))
-
-    def _pass_on(self, stream: IO[str]) -> None:
-        for line in stream:
-            self.last.append(line.rstrip())
-            if line.startswith("{"):  # a log line of its own
-                sys.stderr.write(line)
-            elif line.startswith(ERROR):
-                self.problem = line.removeprefix(ERROR).rstrip()
-            else:
-                logger.info("worker %s: %s", self._name, line.rstrip())
+Begin = Callable[[Put], Sequence[Process]]
 
 
 class Worker:
-    """One lane: its processes, and the ones after them. `commands` by rank."""
+    """One lane: its processes, and the ones after them. `begin` gives those of a life, by rank.
 
-    def __init__(self, slot: str, commands: Sequence[Command], told: Told):
-        self.slot, self._commands, self._told = slot, commands, told
+    ours          whether we start them; others come some time, and who has not is named and waited for
+    certificates  the files that a process gets which has none on its host
+    """
+
+    def __init__(self, slot: str, begin: Begin, ours: bool, told: Told, certificates: Callable[[], dict | None]):
+        self.slot, self._begin, self._ours, self._told = slot, begin, ours, told
+        self._certificates = certificates
         self.name = ""  # of its lane's present life
-        self.processes: tuple[Process, ...] = ()
+        self.processes: Sequence[Process] = ()
         self.given_up = self.served = False
         self.problem = ""  # why it ended, in its own words
         self.code = 0  # of its last end
@@ -170,21 +93,26 @@ class Worker:
     def _live(self) -> int:
         """One life: from the start of all processes to the end of the first, and of the others with it."""
         events: queue.SimpleQueue[tuple[int, dict | None]] = queue.SimpleQueue()
-        group = Group(self.slot, [command.host for command in self._commands], time.monotonic())
-        self.name, first = "", 0
-        self.processes = tuple(
-            Process(self.slot, rank, command, events.put) for rank, command in enumerate(self._commands)
-        )
+        self.name, first, beat_at = "", 0, 0.0
+        self.processes = self._begin(events.put)
+        hosts = [process.host for process in self.processes]
+        group = Group(self.slot, hosts, time.monotonic(), patient=not self._ours)
         while not (self._stopping.is_set() or group.code):
-            group.look(time.monotonic())
+            now = time.monotonic()
+            if notice := group.look(now):
+                logger.warning("lane %s: %s", self.slot, notice)
+            if now > beat_at:
+                beat_at = now + BEAT_S
+                self.say([{"beat": True}] * len(self.processes))
             try:
                 rank, words = events.get(timeout=LOOK_S)
             except queue.Empty:
                 continue
-            if words is None:
+            if words is None and (self._ours or group.begun):
                 first = rank
                 break
-            self._hear(group, rank, words)
+            if words is not None:
+                self._hear(group, rank, words)
         codes = self._end()
         self.problem = group.problem or next((p.problem for p in self.processes if p.problem), "")
         return group.code or next((code for code in codes if code in FINAL), codes[first])
@@ -192,6 +120,8 @@ class Worker:
     def _hear(self, group: Group, rank: int, words: dict) -> None:
         was_ready = group.facts is not None
         for other, answer in group.heard(rank, words):
+            if (files := self._certificates()) is not None:
+                answer["start"]["tls"] = files
             self.processes[other].say(answer)
         if rank == 0 and words.get("event") == "life":
             self.name = str(words.get("name", ""))
@@ -204,22 +134,30 @@ class Worker:
     def _end(self) -> list[int]:
         """End what still runs; the exit codes by rank."""
         for process in self.processes:
-            process.popen.send_signal(signal.SIGTERM)
+            process.leave(0 if self._stopping.is_set() else GroupLost.exit_code)
         until = time.monotonic() + STOP_S
         for process in self.processes:
             process.end(until)
-        return [process.popen.returncode for process in self.processes]
+        return [process.code for process in self.processes]
 
 
 class Supervisor:
-    """All lanes, each with the commands of its processes. `told(lane, words)` hears of what concerns the front."""
+    """All lanes, each with its processes: the commands that start them, or the seats where they come to sit.
 
-    def __init__(self, commands: Mapping[str, Sequence[Command]], told: Told):
+    `told(lane, words)` hears of what concerns the front.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, Sequence[Command] | Sequence[Seat]],
+        told: Told,
+        certificates: Callable[[], dict[str, str] | None] = lambda: None,
+    ):
         self._ready: dict[str, dict] = {}
         self._stages: dict[tuple[str, int], tuple[str, int, int]] = {}
         self._change = threading.Condition()
         self._outside = told
-        self.workers = {slot: Worker(slot, each, self._hear) for slot, each in commands.items()}
+        self.workers = {slot: _worker(slot, each, self._hear, certificates) for slot, each in lanes.items()}
 
     def start(self, progress: Callable[[str, int, int], None]) -> dict[str, dict]:
         """Start all and wait until each is ready: their facts. Raises what a lane that cannot be started has."""
@@ -264,11 +202,32 @@ class Supervisor:
             self._outside(slot, words)
 
 
+def _worker(
+    slot: str,
+    processes: Sequence[Command] | Sequence[Seat],
+    told: Told,
+    certificates: Callable[[], dict[str, str] | None],
+) -> Worker:
+    """A lane whose processes are started here, or come."""
+
+    def start(put: Put) -> Sequence[Process]:
+        return [Started(slot, rank, each, put) for rank, each in enumerate(processes) if isinstance(each, Command)]
+
+    def seat(put: Put) -> Sequence[Process]:
+        seats = [each for each in processes if isinstance(each, Seat)]
+        for each in seats:
+            each.begin(put)
+        return seats
+
+    ours = isinstance(processes[0], Command)
+    return Worker(slot, start if ours else seat, ours, told, certificates if ours else lambda: None)
+
+
 def refused(worker: Worker) -> SeracError:
     """Why a lane cannot be started, with the exit code of its kind; the last lines of its processes are logged."""
     for process in worker.processes:
         for line in process.last:
-            logger.error("lane %s rank %d on %s: %s", worker.slot, process.rank, process.command.host, line)
+            logger.error("lane %s rank %d on %s: %s", worker.slot, process.rank, process.host, line)
     problem = worker.problem or "its process ended; its last lines above say why"
     kind = {Unavailable.exit_code: Unavailable, Misfit.exit_code: Misfit}.get(worker.code, ConfigError)
     return kind(f"lane {worker.slot}: {problem}")

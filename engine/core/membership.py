@@ -42,6 +42,12 @@ class Refused(NamedTuple):
     name: str
 
 
+class Line(NamedTuple):
+    """Between a process and the front where nobody holds its input and output: a line of JSON, either way."""
+
+    text: str
+
+
 Said = Hello | Packet  # by a lane
 Answered = Welcome | Refused | Packet  # by a front
 

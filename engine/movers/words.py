@@ -56,7 +56,9 @@ ANSWERS = ("cancelled", "complete", "unknown")
 ERRORS = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SeracError)
 }
-Message = messages.ToLane | messages.ToFront | handoff.Message | membership.Said | membership.Answered
+Message = (
+    messages.ToLane | messages.ToFront | handoff.Message | membership.Said | membership.Answered | membership.Line
+)
 
 
 class Told(NamedTuple):
@@ -278,6 +280,7 @@ BETWEEN: Mapping[int, tuple[type, Field]] = {
     ),
     65: (membership.Welcome, group(membership.Welcome, text("nm", NAME), whole("se"))),
     66: (membership.Refused, group(membership.Refused, text("nm", NAME))),
+    68: (membership.Line, group(membership.Line, text("li"))),
     67: (Packet, packet(1)),
 }
 TABLES: dict[int, Mapping[int, tuple[type, Field]]] = {1: {**CARRIED, **BETWEEN}}  # by version

@@ -17,9 +17,10 @@ from engine.clock import Clock
 from engine.core.handoff import Parts
 from engine.movers.choice import Ways
 from engine.movers.geometry import Geometry
-from engine.movers.links import Links, Tls
+from engine.movers.links import Links
 from engine.movers.parts import Heads
 from engine.movers.spans import Piece, Span, heads_of, lane_of, pieces, rank_name
+from engine.movers.tls import Tls
 from engine.replica.landing import Landing
 
 logger = logging.getLogger("serac.worker")
@@ -62,7 +63,9 @@ class Moves:
         landed: Callable[[str, Parts], None],
     ):
         self._rank, self._span, self._kv_heads = rank, span, reach.geometry.kv_heads
-        self._content, self._landed, self._others = content, landed, {}  # type: ignore[var-annotated]
+        self._content, self._landed = content, landed
+        self._others: dict[str, list[Piece]] = {}  # what is sent to each
+        self._processes: dict[str, int] = {}
         self._hear_others = hear
         self._landing = Landing(*heads_of(self._kv_heads, span, rank))
         self._leaving: queue.SimpleQueue[tuple[str, Parts] | None] = queue.SimpleQueue()
@@ -75,13 +78,14 @@ class Moves:
     def meet(self, lane: str, addresses: Sequence[str], tp: int) -> None:
         """Another lane has `tp` devices, and its processes are reached there."""
         self._others[lane] = self._pieces(Span(tp, len(addresses)))
+        self._processes[lane] = len(addresses)
         for rank, address in enumerate(addresses):
             self.links.meet(rank_name(lane, rank), address)
 
     def forget(self, lane: str) -> None:
-        """Close what leads to a lane."""
-        wanted = {piece.target for piece in self._others.pop(lane, ())}
-        for rank in wanted | {0}:
+        """Close what leads to a lane and what comes from it, whoever of its processes that is."""
+        self._others.pop(lane, None)
+        for rank in range(self._processes.pop(lane, 1)):
             self.links.forget(rank_name(lane, rank))
 
     def send(self, lane: str, part: Parts) -> None:

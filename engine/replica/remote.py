@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 
 from engine.clock import Clock
-from engine.core.membership import Answered, Members
-from engine.core.messages import FRONT
+from engine.core.membership import Answered, Hello, Members
 from engine.core.router import Router
+from engine.core.session import Packet
 from engine.movers.links import Links
 
 TICK_S = 0.1
@@ -23,20 +23,22 @@ Dispatch = Callable[[Callable[[], None]], None]
 
 
 class Remote:
-    """`first_session` is random. `settle` is called after the router has heard something, where it lives."""
+    """`links` are the front's, which call `hear` and `gone`. `first_session` is random.
 
-    def __init__(self, router: Router, clock: Clock, secret: bytes, first_session: int, settle: Callable[[], None]):
+    `settle` is called after the router has heard something, where it lives.
+    """
+
+    def __init__(self, router: Router, clock: Clock, links: Links, first_session: int, settle: Callable[[], None]):
         self.members, self._clock, self._settle = Members(router, first_session), clock, settle
-        self.links = Links(FRONT, secret, self._hear, self._gone, clock=clock)
+        self.links = links
         self._dispatch: Callable[[], Dispatch] = lambda: lambda call: call()
         self._leaving: deque[tuple[float, str]] = deque()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="front", daemon=True)
 
-    def start(self, listen: list[str], dispatch: Callable[[], Dispatch]) -> None:
-        """Listen for lanes; `dispatch()` gives the way to the thread where the router lives."""
+    def start(self, dispatch: Callable[[], Dispatch]) -> None:
+        """Take lanes in; `dispatch()` gives the way to the thread where the router lives."""
         self._dispatch = dispatch
-        self.links.start(listen)
         self._thread.start()
 
     def stop(self) -> None:
@@ -49,18 +51,20 @@ class Remote:
         """Send what the router has to say to lanes elsewhere. Call it where the router lives."""
         self._post(self.members.flush(self._clock.now()))
 
-    def lost(self, lane: str) -> None:
-        """A lane's process has ended, as whoever started it knows."""
-        self._gone(lane)
+    def hear(self, sender: str, said: object) -> None:
+        """What a lane says; on the thread of the links."""
+        if not isinstance(said, Hello | Packet):
+            return
 
-    def _hear(self, sender: str, said: object) -> None:
         def take() -> None:
             self._post(self.members.receive(self._clock.now(), sender, said))  # type: ignore[arg-type]
             self._settle()
 
         self._dispatch()(take)
 
-    def _gone(self, peer: str) -> None:
+    def gone(self, peer: str) -> None:
+        """A lane's process has ended, as its connection says or whoever started it."""
+
         def give_up() -> None:
             if peer in self.members.sessions:
                 self._leaving.append((self._clock.now() + FORGET_S, peer))

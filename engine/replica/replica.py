@@ -27,6 +27,7 @@ from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.roles import Role
 from engine.core.router import Router
 from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
+from engine.movers.links import Links
 from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
 from engine.replica.delta import Finish
@@ -96,6 +97,7 @@ class Replica:
         self.late_compiles: Callable[[], int] = lambda: 0
         self.block_bytes = 0  # of the KV of one block, all heads together
         self.on_stop: list[Callable[[], None]] = []
+        self.on_reload: list[Callable[[], None]] = []  # files that this process was started with may be new
         self.remote: Remote | None = None
         self.generated_tokens = 0
         # Lanes that are not there, given the names of those that are: whoever starts them knows.
@@ -120,11 +122,12 @@ class Replica:
         if (lane := self._here.get(receiver)) is not None:
             lane.hear(sender, message)
 
-    def serve_remote(self, secret: bytes, listen: list[str]) -> None:
-        """Serve with the lanes of other processes, which know `secret` and come to one of these addresses."""
+    def serve_remote(self, links: Links) -> Remote:
+        """Serve with the lanes of other processes, which come over the front's `links`; it closes them."""
         first_session = secrets.randbelow(1 << 40) << 16
-        self.remote = Remote(self.router, self.clock, secret, first_session, self._route)
-        self.remote.start(listen, lambda: self._locked)
+        self.remote = Remote(self.router, self.clock, links, first_session, self._route)
+        self.remote.start(lambda: self._locked)
+        return self.remote
 
     def _locked(self, call: Callable[[], None]) -> None:
         def under_lock() -> None:

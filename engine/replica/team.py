@@ -17,6 +17,7 @@ from engine.movers import addresses
 from engine.movers.geometry import Geometry
 from engine.movers.greeting import Card, Stranger, greet_blocking
 from engine.movers.spans import lane_of, rank_name
+from engine.movers.tls import Tls
 from engine.replica.channel import Channel
 from engine.replica.followers import Followers
 
@@ -29,7 +30,13 @@ logger = logging.getLogger("serac.worker")
 
 
 def meet_followers(
-    door: socket.socket, lane: str, processes: int, secret: bytes, geometry: Geometry, lost: Callable[[str], None]
+    door: socket.socket,
+    lane: str,
+    processes: int,
+    secret: bytes,
+    geometry: Geometry,
+    lost: Callable[[str], None],
+    tls: Tls | None = None,
 ) -> Followers:
     """Every other process of the lane, greeted. Raises GroupLost where one is missing.
 
@@ -44,9 +51,10 @@ def meet_followers(
                 connected, _ = door.accept()
             except TimeoutError:
                 raise GroupLost(f"lane {lane}: rank {missing[0]} has not come within {MEET_S:.0f} s") from None
-            card = _greeted(connected, secret, Card(lane, "", "control", "", geometry), dialing=False)
-            if card is None:
+            mine = Card(lane, "", "control", "", geometry)
+            if (greeted := _greeted(connected, secret, mine, False, tls)) is None:
                 continue
+            connected, card = greeted
             name, rank = lane_of(card.name)
             if name == lane and rank in missing:
                 found[rank] = Channel(connected, f"rank {rank} of {lane}")
@@ -55,7 +63,9 @@ def meet_followers(
     return Followers([found[rank] for rank in range(1, processes)], lost)
 
 
-def meet_leader(address: str, lane: str, rank: int, secret: bytes, geometry: Geometry) -> Channel:
+def meet_leader(
+    address: str, lane: str, rank: int, secret: bytes, geometry: Geometry, tls: Tls | None = None
+) -> Channel:
     """The leader, greeted. Raises Misfit where this process does not fit, GroupLost where nobody answers."""
     found, until = addresses.parse(address), time.monotonic() + MEET_S
     while True:
@@ -64,17 +74,22 @@ def meet_leader(address: str, lane: str, rank: int, secret: bytes, geometry: Geo
         except OSError:
             connected = None
         mine = Card(rank_name(lane, rank), lane, "control", "", geometry)
-        if connected is not None and _greeted(connected, secret, mine, dialing=True) is not None:
-            return Channel(connected, f"the leader of {lane}")
+        greeted = None if connected is None else _greeted(connected, secret, mine, True, tls)
+        if greeted is not None:
+            return Channel(greeted[0], f"the leader of {lane}")
         if time.monotonic() > until:
             raise GroupLost(f"lane {lane}: its leader has not answered within {MEET_S:.0f} s")
         time.sleep(AGAIN_S)
 
 
-def _greeted(connected: socket.socket, secret: bytes, mine: Card, dialing: bool) -> Card | None:
-    """The card of who is at the other end; None where that is nobody of ours."""
+def _greeted(
+    connected: socket.socket, secret: bytes, mine: Card, dialing: bool, tls: Tls | None
+) -> tuple[socket.socket, Card] | None:
+    """The connection, in TLS where there is any, and the card of who is at the other end; None: nobody of ours."""
     try:
-        return greet_blocking(connected, secret, mine, dialing, GREETING_S)
+        if tls is not None:
+            connected = tls.wrap(connected, dialing, GREETING_S)
+        return connected, greet_blocking(connected, secret, mine, dialing, GREETING_S)
     except Stranger as error:
         connected.close()
         if dialing:

@@ -14,8 +14,10 @@ from prometheus_client import CollectorRegistry
 from engine import embedded
 from engine.clock import SystemClock
 from engine.core import prefix
+from engine.core.messages import FRONT
 from engine.core.request import Limits, Request
 from engine.core.sequence import Part, sequences
+from engine.movers.links import Links
 from engine.observe.metrics import Metrics
 from engine.replica.replica import ModelInfo, Replica
 from engine.sim.runner import alone
@@ -36,12 +38,20 @@ class Cluster:
             info, Text(embedded.folder()), limits, SystemClock(), Metrics(CollectorRegistry()),
             prefix.root("hash"), seeds=lambda: SEED,
         )  # fmt: skip
-        self.replica.serve_remote(self.secret, ["127.0.0.1:0"])
+        links = Links(FRONT, self.secret, self._hear, self._gone)
+        links.start(["127.0.0.1:0"])
+        self.replica.serve_remote(links)
         self.processes: dict[str, subprocess.Popen] = {}
         self.answers: dict[str, Answer] = {}
         for slot in slots:
             self.start(slot)
         self.wait(lambda: len(self.lanes) == len(slots), 20.0)
+
+    def _hear(self, sender, message) -> None:
+        self.replica.remote.hear(sender, message)
+
+    def _gone(self, peer) -> None:
+        self.replica.remote.gone(peer)
 
     def start(self, slot: str) -> None:
         front = self.way(slot, self.replica.remote.links.addresses[0])

@@ -9,14 +9,15 @@ import time
 import pytest
 
 from engine.cluster import group, supervisor
-from engine.cluster.supervisor import Command, Supervisor
+from engine.cluster.process import Command
+from engine.cluster.supervisor import Supervisor
 from engine.errors import ConfigError, Misfit, Unavailable
 
 READY = """
 import json, os, sys, time
 def say(**words): print(json.dumps(words), flush=True)
 say(event="hello", alike={"jax": "1"}, orders="there")
-start = json.loads(sys.stdin.readline())["start"]
+start = next(words["start"] for line in sys.stdin if "start" in (words := json.loads(line)))
 say(event="stage", stage="load", done=1, of=2)
 say(event="ready", pid=os.getpid(), number=7, orders=start["orders"])
 """
@@ -26,7 +27,7 @@ LIVES = (
 for line in sys.stdin:
     words = json.loads(line)
     if "exit" in words: sys.exit(words["exit"])
-    say(event="life", name=words["name"])
+    if "name" in words: say(event="life", name=words["name"])
 sys.exit(0)
 """
 )
