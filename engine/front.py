@@ -37,6 +37,7 @@ from engine.movers.tls import Tls
 from engine.observe.metrics import Metrics
 from engine.reception import Reception
 from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
+from engine.replica.pairing import Pairing
 from engine.replica.remote import Remote
 from engine.replica.replica import ModelInfo, Replica
 from engine.text.text import Text
@@ -52,6 +53,7 @@ NOT_FOR_WORKERS = (
     "metrics_port",
     "download",
 )
+SECRET = "SERAC_CLUSTER_SECRET"
 LISTEN = "127.0.0.1:0"
 JOIN_S = 30.0
 JOIN_POLL_S = 0.05
@@ -99,6 +101,8 @@ class Front:
         made.on_stop += [self._folder.cleanup, self._supervisor.stop]  # the last is the first
         self._remote = made.serve_remote(self._links)
         made.absent = self._absent
+        if shared(self._topology):
+            made.pairing = Pairing(self._secret, bytes.fromhex(facts[lanes[0].name]["root"]), self._tls)
         made.on_reload.append(self.reload)
         self._replica = made
         for slot in self._supervisor.workers:
@@ -175,7 +179,12 @@ def secret_of(topology: Topology, ours: bool) -> bytes:
     """The cluster's secret: new each time where we hand it out ourselves. Raises ConfigError."""
     if (file := topology.security.secret_file) is not None:
         return read_secret({SECRET_FILE: str(file)})
-    return secrets.token_bytes(32) if ours else read_secret(os.environ)
+    return secrets.token_bytes(32) if ours and not shared(topology) else read_secret(os.environ)
+
+
+def shared(topology: Topology) -> bool:
+    """Whether somebody gave the secret, who may have given it to other clusters too."""
+    return topology.security.secret_file is not None or bool({SECRET, SECRET_FILE} & os.environ.keys())
 
 
 def grouped(processes: Mapping[tuple[str, int], Process]) -> dict[str, list[Process]]:

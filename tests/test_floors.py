@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix wins
     "engine.serve": OPEN | GRPC | {"engine.replica", "engine.text", "engine.core.request"},
     "engine.serve.vllm_engine": OPEN
     | GRPC
-    | {"engine.serve", "engine.core.blocks", "engine.core.request", "engine.text", "smg_grpc_proto"},
+    | {"engine.serve", "engine.core.blocks", "engine.core.request", "engine.text", "smg_grpc_proto"}
+    | {"engine.replica.pairing"},
     "engine.cluster.certs": OPEN | {"cryptography"},
     "engine.cluster": OPEN | CLUSTER | {"engine.core", "engine.serve.client", "grpc", "msgpack"},
     "engine.cluster.ray": OPEN | {"engine.cluster", "ray"},

@@ -89,6 +89,10 @@ class Members:
         if new.addresses:
             self._reached[new.name] = new
 
+    def reached(self, name: str) -> Hello:
+        """Where a lane is reached; of one that is gone, nowhere."""
+        return self._reached.get(name, Hello(name, "both"))
+
     def lost(self, name: str) -> None:
         """Give a lane up: it was silent, or its connection is gone."""
         self._reached.pop(name, None)

@@ -21,12 +21,13 @@ from engine.core import handoff
 from engine.core.blocks import Content
 from engine.core.directory import Reader
 from engine.core.handoff import State
+from engine.core.holds import Claim
 from engine.core.journeys import Event, Journey
 from engine.core.messages import FRONT, ToFront
 from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.roles import Role
 from engine.core.router import Router
-from engine.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, wrong
+from engine.errors import AlreadyExists, NotFound, ResourceExhausted, SeracError, Unavailable, wrong
 from engine.movers.links import Links
 from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
@@ -34,6 +35,7 @@ from engine.replica.delta import Finish
 from engine.replica.lane import Lane, Said
 from engine.replica.loads import READY, LaneLoad, block_states, gauges, totals
 from engine.replica.output import Desk, Output, open_output
+from engine.replica.pairing import Pairing
 from engine.replica.remote import Remote
 from engine.text.text import Text
 
@@ -43,6 +45,7 @@ DRAIN_POLL_S = 0.02
 logger = logging.getLogger("serac.replica")
 
 Notify = Callable[[Output], None]
+Told = Callable[[str | SeracError], None]  # what a decoding replica must show
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class Replica:
         self.on_stop: list[Callable[[], None]] = []
         self.on_reload: list[Callable[[], None]] = []  # files that this process was started with may be new
         self.remote: Remote | None = None
+        self.pairing: Pairing | None = None  # with replicas that share a secret with this one
+        self._offers: dict[int, tuple[int, Told]] = {}  # prompts that others wait for, with their tokens
         self.generated_tokens = 0
         # Lanes that are not there, given the names of those that are: whoever starts them knows.
         self.absent: Callable[[list[str]], list[LaneLoad]] = lambda present: []
@@ -178,9 +183,10 @@ class Replica:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, notify: Notify) -> Output:
+    def submit(self, request: Request, notify: Notify, paired: str = "") -> Output:
         """Admit `request`; `notify` is called, where events are delivered, whenever its output has something new.
 
+        paired  what the replica said that holds its prompt, if one does
         Raises InvalidArgument, NotFound, AlreadyExists, ResourceExhausted or Unavailable.
         """
         check_request(request, self.limits)
@@ -196,11 +202,34 @@ class Replica:
                 raise ResourceExhausted(
                     wrong("requests", f"{len(self._open)} open", f"at most {self._max_open}; try again later")
                 )
-            journey = self.router.submit(request, self._seeds(), self.clock.now())
+            claim = self.pairing.read(paired, len(request.prompt_ids)) if self.pairing and paired else None
+            journey = self.router.submit(request, self._seeds(), self.clock.now(), claim)
             self._open[request.request_id] = Entry(output, journey, notify)
             self._desk.seat(output, journey)
             self._route()
         return output
+
+    def offer(self, request: Request, told: Told) -> int:
+        """Have a prompt computed and held for another replica; `told`, where events are delivered, what that shows.
+
+        Raises as `submit` does. The number is for `close_offer`.
+        """
+        assert self.pairing is not None
+        check_request(request, self.limits)
+        with self._lock:
+            if self._draining:
+                raise Unavailable("replica: draining; try another replica")
+            number = self.router.offer(request, self.clock.now())
+            self._offers[number] = len(request.prompt_ids), told
+            self._route()
+        return number
+
+    def close_offer(self, number: int) -> None:
+        """Whoever asked waits no more; what is held goes by its lease."""
+        with self._lock:
+            if self._offers.pop(number, None) is not None:
+                self.router.holds.close(number)
+                self._route()
 
     def abort(self, request_id: str) -> bool:
         """End a request; False when none with this id is open."""
@@ -279,6 +308,17 @@ class Replica:
                 self.remote.flush()
             events, self.router.events = self.router.events, []
             self._deliver(events)
+        held, self.router.holds.told = self.router.holds.told, []
+        for number, answer in held:
+            if (offer := self._offers.pop(number, None)) is not None:
+                tokens, told = offer
+                told(self._shown(answer, tokens) if isinstance(answer, Claim) else answer)
+
+    def _shown(self, claim: Claim, tokens: int) -> str:
+        """A claim with the way to its lane."""
+        assert self.pairing is not None and self.remote is not None
+        found = self.remote.members.reached(claim.lane)
+        return self.pairing.write(claim._replace(addresses=found.addresses, tp=found.tp), tokens)
 
     def _deliver(self, events: list[Event]) -> None:
         now = self.clock.now()

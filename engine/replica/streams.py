@@ -17,10 +17,10 @@ from engine.replica.replica import Replica
 class Stream:
     """The output of one request; one task iterates it."""
 
-    def __init__(self, replica: Replica, request: Request):
+    def __init__(self, replica: Replica, request: Request, paired: str = ""):
         self._replica = replica
         self._wake = asyncio.Event()
-        self.output: Output = replica.submit(request, lambda _: self._wake.set())
+        self.output: Output = replica.submit(request, lambda _: self._wake.set(), paired)
 
     def __aiter__(self) -> AsyncIterator[list[Delta]]:
         return self._deltas()
@@ -52,6 +52,9 @@ class Streams:
         loop = asyncio.get_running_loop()
         replica.dispatch = loop.call_soon_threadsafe
 
-    async def open(self, request: Request) -> Stream:
-        """Admit `request`. Raises InvalidArgument, AlreadyExists, ResourceExhausted or Unavailable."""
-        return Stream(self._replica, request)
+    async def open(self, request: Request, paired: str = "") -> Stream:
+        """Admit `request`; `paired` is what the replica said that holds its prompt.
+
+        Raises InvalidArgument, AlreadyExists, ResourceExhausted or Unavailable.
+        """
+        return Stream(self._replica, request, paired)

@@ -83,9 +83,12 @@ class Stream(Protocol):
 
 
 class Streams(Protocol):
-    """Opens streams; `open` raises InvalidArgument, AlreadyExists, ResourceExhausted or Unavailable."""
+    """Opens streams; `open` raises InvalidArgument, AlreadyExists, ResourceExhausted or Unavailable.
 
-    async def open(self, request: Request) -> Stream: ...
+    paired  what another replica says that holds the request's prompt
+    """
+
+    async def open(self, request: Request, paired: str = "") -> Stream: ...
 
 
 class LaneLoad(Protocol):

@@ -131,19 +131,25 @@ class InferenceService:
         if error is not None:
             raise error
 
+    async def read(self, message: Generate, context: Call) -> Request:
+        """The request in a message, checked as far as its message is needed for that."""
+        check_names(message, self._replica.info)
+        left_s = context.time_remaining()
+        deadline_at = None if left_s is None else self._clock.now() + left_s
+        message.request_id = message.request_id or self._draw_id()
+        ids = await self._prompt_ids(message)
+        if not message.sampling.HasField("seed"):
+            message.sampling.seed = self._draw_seed()
+        return read_request(message, ids, self._replica.info.defaults, deadline_at)
+
     @asynccontextmanager
-    async def running(self, message: Generate, context: Call) -> AsyncIterator[tuple[Request, Stream]]:
+    async def running(
+        self, message: Generate, context: Call, paired: str = ""
+    ) -> AsyncIterator[tuple[Request, Stream]]:
         """From admission to the end of the stream; whichever way the call ends, the stream is closed."""
         with self._gate.enter():
-            check_names(message, self._replica.info)
-            left_s = context.time_remaining()
-            deadline_at = None if left_s is None else self._clock.now() + left_s
-            message.request_id = message.request_id or self._draw_id()
-            ids = await self._prompt_ids(message)
-            if not message.sampling.HasField("seed"):
-                message.sampling.seed = self._draw_seed()
-            request = read_request(message, ids, self._replica.info.defaults, deadline_at)
-            stream = await self._streams.open(request)
+            request = await self.read(message, context)
+            stream = await self._streams.open(request, paired)
             context.add_done_callback(lambda _: stream.close())
             try:
                 yield request, stream

@@ -19,8 +19,9 @@ def make_replicas(programs, tmp_path):
     """Starts replicas side by side, each with its own flags; they are gone when the test is."""
     made = []
 
-    def make(*flags):
-        new = [Replica(tmp_path / f"replica{len(made) + k}.log", *each) for k, each in enumerate(flags)]
+    def make(*flags, secret=""):
+        logs = [tmp_path / f"replica{len(made) + k}.log" for k in range(len(flags))]
+        new = [Replica(log, *each, secret=secret) for log, each in zip(logs, flags, strict=True)]
         made.extend(new)
         with ThreadPoolExecutor() as pool:
             return list(pool.map(Replica.up, new))

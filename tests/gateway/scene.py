@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-FLAGS = ("--mesh=tp=1", "--device=cpu", "--numerics=invariant", "--max-num-seqs=4", "--max-num-batched-tokens=16")
+FLAGS = ("--device=cpu", "--numerics=invariant", "--max-num-seqs=4", "--max-num-batched-tokens=16")
 SIZES = ("--max-model-len=256", "--port=0", "--admin-port=0")
 START_S = 300.0
 CLIENT = """
@@ -54,11 +56,17 @@ def free_port() -> int:
 class Process:
     """A process that is gone when the test is."""
 
-    def __init__(self, command: list[str], log: Path, out: int | None = subprocess.DEVNULL):
-        self.log = log
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        out: int | None = subprocess.DEVNULL,
+        given: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.log, seen = log, environment() | given
         with log.open("w") as errors:
             self.running = subprocess.Popen(
-                command, stdout=out or errors, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=environment()
+                command, stdout=out or errors, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=seen
             )
 
     def kill(self) -> float:
@@ -72,18 +80,20 @@ class Process:
 
 
 class Replica(Process):
-    """`serac serve embedded` on free ports; `address` once it is `up`."""
+    """`serac serve embedded` on free ports; `address` once it is `up`. With `secret` its lane may have partners."""
 
-    def __init__(self, log: Path, *more: str):
+    def __init__(self, log: Path, *more: str, secret: str = ""):
         command = [sys.executable, "-m", "engine.cli", "serve", "embedded", *FLAGS, *SIZES]
-        super().__init__([*command, "--worker-api=vllm", *more], log, subprocess.PIPE)
-        self.address = ""
+        lanes = ["--lanes=both:tp=1", "--workers"] if secret else ["--mesh=tp=1"]
+        given = {"SERAC_CLUSTER_SECRET": secret} if secret else {}
+        super().__init__([*command, "--worker-api=vllm", *lanes, *more], log, subprocess.PIPE, given)
+        self.address = self.admin = ""
 
     def up(self) -> "Replica":
         """Wait until it serves."""
         ready = json.loads(self.running.stdout.readline() or "{}")
         assert ready.get("event") == "ready", self.log.read_text()[-2000:]
-        self.address = ready["grpc"]
+        self.address, self.admin = ready["grpc"], ready["admin"]
         return self
 
     def served(self) -> int:

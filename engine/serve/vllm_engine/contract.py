@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.core.blocks import Content
-from engine.core.request import Limits
+from engine.core.request import Limits, Request
+from engine.errors import SeracError
 from engine.serve.contract import Replica, Text
 
 
@@ -25,7 +26,11 @@ class Reader(Protocol):
 
 
 class Worker(Replica, Protocol):
-    """A replica as a gateway's worker. `read_blocks` returns a reader and what is published now."""
+    """A replica as a gateway's worker. `read_blocks` returns a reader and what is published now.
+
+    pairing  None where it shares no secret with other replicas
+    offer    has a prompt computed and held, and tells what the replica must show that decodes it
+    """
 
     @property
     def text(self) -> FolderText: ...
@@ -34,3 +39,7 @@ class Worker(Replica, Protocol):
     def read_blocks(self, wake: Callable[[], None]) -> tuple[Reader, list[Content]]: ...
     def close_blocks(self, reader: Reader) -> None: ...
     def forget_blocks(self) -> None: ...
+    @property
+    def pairing(self) -> object | None: ...
+    def offer(self, request: Request, told: Callable[[str | SeracError], None]) -> int: ...
+    def close_offer(self, number: int) -> None: ...

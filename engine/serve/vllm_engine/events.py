@@ -2,9 +2,9 @@
 
     snapshot: chunk 1 of k, clear first ... chunk k -> batch -> batch ...     numbers without a gap
 
-A stream begins behind the number that its subscriber names and always with all that is stored, so whoever comes back
-after a break is exact again whatever it missed. A block's hash is the first 8 bytes of its key, a chain of sha256
-(engine/core/prefix.py). Cost: a few us a block.
+A stream begins behind the number that its subscriber names, and always with all that is stored: so whoever comes
+back after a break is exact again whatever it missed. A block's hash is the first 8 bytes of its key, a chain of
+sha256 (engine/core/prefix.py). Cost: a few us a block.
 """
 
 from __future__ import annotations

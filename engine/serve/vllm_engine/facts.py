@@ -36,8 +36,12 @@ def _id(value: object) -> int:
 
 
 def server_info(worker: Worker, open_calls: int, uptime_s: float, draining: bool) -> pb.GetServerInfoResponse:
-    """Sizes of the server."""
+    """Sizes of the server; as a partner in pairs it behaves to a gateway as those do whose connector is named."""
+    pairs = worker.pairing is not None
     return pb.GetServerInfoResponse(
+        kv_connector="NixlConnector" if pairs else "",
+        kv_role="kv_both" if pairs else "",
+        kv_engine_id=worker.info.revision if pairs else "",
         active_requests=open_calls,
         is_paused=draining,
         uptime_seconds=uptime_s,

@@ -16,8 +16,7 @@ from engine.serve.proto.serac.v1 import inference_pb2 as serac
 from engine.serve.vllm_engine.stubs import vllm_engine_pb2 as pb
 
 UNSERVED = {
-    "kv_transfer_params": "no KV is fetched from an address of a request",
-    "kv_transfer_params_json": "this server does not pair with another for one request",
+    "kv_transfer_params": "kv_transfer_params_json says what this one would",
     "mm_inputs": "the model reads text alone",
     "extra_mm_inputs": "the model reads text alone",
     "media_refs": "the model reads text alone",

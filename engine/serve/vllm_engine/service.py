@@ -1,6 +1,6 @@
 """VllmEngine: the contract by which gateways drive this replica, a thin layer over InferenceService.
 
-    Generate    requests.py -> InferenceService.running -> answers.py
+    Generate    requests.py -> InferenceService.running -> answers.py     pairing.py: a prompt for another replica
     others      facts.py, tokenizer.py, events.py
 
 What a gateway calls a worker is this server: one replica and one rank, however many lanes it has.
@@ -18,11 +18,19 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
 from engine.clock import Clock
-from engine.errors import Forbidden, InvalidArgument, ResourceExhausted, Unavailable, Unsupported, wrong
+from engine.errors import (
+    Forbidden,
+    InvalidArgument,
+    ResourceExhausted,
+    SeracError,
+    Unavailable,
+    Unsupported,
+    wrong,
+)
 from engine.serve.edge import Call
 from engine.serve.gate import Gate
 from engine.serve.inference import InferenceService
-from engine.serve.vllm_engine import facts, tokenizer
+from engine.serve.vllm_engine import facts, pairing, tokenizer
 from engine.serve.vllm_engine.answers import Answers
 from engine.serve.vllm_engine.contract import Worker
 from engine.serve.vllm_engine.events import Events
@@ -56,13 +64,41 @@ class VllmEngineService:
         self._packed: bytes | None = None  # the tokenizer's files, once somebody asked
 
     async def generate(self, message: pb.GenerateRequest, context: Call) -> None:
-        """Chunks and a complete message for each choice, or only the latter."""
-        async with self._inference.running(read_generate(message), context) as (request, stream):
+        """Chunks and a complete message for each choice, or only the latter; or a prompt held for another."""
+        paired = self._paired(message)
+        if pairing.holds(paired):
+            await self._hold(message, context)
+            return
+        async with self._inference.running(read_generate(message), context, paired) as (request, stream):
             answers = Answers(request, message.stream)
             async for deltas in stream:
                 self._inference.check(deltas)
                 for part in answers.take(deltas):
                     await self._inference.send(context, part)
+
+    def _paired(self, message: pb.GenerateRequest) -> str:
+        """What the request says of a partner. Raises Unsupported where there can be none."""
+        text = message.kv_transfer_params_json
+        if text and self._worker.pairing is None:
+            expected = "--workers and SERAC_CLUSTER_SECRET, the same for both replicas"
+            raise Unsupported(
+                f"{pairing.FIELD}: this server has no partners; expected {expected}", field=pairing.FIELD
+            )
+        return text
+
+    async def _hold(self, message: pb.GenerateRequest, context: Call) -> None:
+        """Have the prompt computed and held; what is answered goes to whoever decodes."""
+        with self._gate.enter():
+            request = await self._inference.read(read_generate(message), context)
+            shown: asyncio.Future[str | SeracError] = asyncio.get_running_loop().create_future()
+            number = self._worker.offer(request, lambda answer: shown.done() or shown.set_result(answer))
+            try:
+                answer = await shown
+            finally:
+                self._worker.close_offer(number)
+            if isinstance(answer, SeracError):
+                raise answer
+            await self._inference.send(context, pairing.held(request, answer))
 
     async def abort(self, message: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """End requests by id; those that do not run are none of anybody's concern."""

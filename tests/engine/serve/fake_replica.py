@@ -117,9 +117,11 @@ class FakeReplica:
         self.refusal: SeracError | Exception | None = None
         self.drained_with: float | None = None
         self.lanes: list[LaneLoad] = []
+        self.paired = ""
         self.limits = Limits(self.info.vocab, self.info.context, 4096, 16, self.info.eos_ids)
 
-    async def open(self, request: Request) -> FakeStream:
+    async def open(self, request: Request, paired: str = "") -> FakeStream:
+        self.paired = paired
         if self.refusal is not None:
             raise self.refusal
         check_request(request, self.limits)

@@ -20,7 +20,7 @@ from engine.clock import ManualClock
 from engine.core import prefix
 from engine.core.directory import Directory
 from engine.core.messages import Blocks
-from engine.errors import ConfigError
+from engine.errors import ConfigError, Unavailable
 from engine.replica.loads import LaneLoad
 from engine.serve.access import Access
 from engine.serve.server import Listen, Server
@@ -42,6 +42,7 @@ class Worker(FakeReplica):
         super().__init__(step_s, Info(**info))
         self.text.folder = embedded.folder()
         self.directory, self.flushed = Directory(START), 0
+        self.pairing, self.offers, self.closed = None, [], []
 
     def load(self) -> dict:
         lanes = {"running": 3, "waiting": 2, "rows": 8, "blocks": 100, "blocks_available": 75, "queued_tokens": 40}
@@ -55,6 +56,13 @@ class Worker(FakeReplica):
 
     def forget_blocks(self) -> None:
         self.flushed += 1
+
+    def offer(self, request, told) -> int:
+        self.offers.append((request, told))
+        return len(self.offers)
+
+    def close_offer(self, number) -> None:
+        self.closed.append(number)
 
 
 @asynccontextmanager
@@ -188,7 +196,7 @@ def test_what_is_not_given_is_the_models_default():
         (ask(mm_inputs={}), "UNIMPLEMENTED", "mm_inputs: .*text alone"),
         (ask(media_refs={}), "UNIMPLEMENTED", "media_refs"),
         (ask(kv_transfer_params={"remote_host": "h"}), "UNIMPLEMENTED", "kv_transfer_params"),
-        (ask(kv_transfer_params_json="{}"), "UNIMPLEMENTED", "kv_transfer_params_json"),
+        (ask(kv_transfer_params_json="{}"), "UNIMPLEMENTED", "kv_transfer_params_json: .*no partners"),
         (ask(data_parallel_rank=1), "INVALID_ARGUMENT", "data_parallel_rank: got 1; expected 0"),
         (ask(ids=()), "INVALID_ARGUMENT", "prompt: .*empty"),
         (ask(ids=(5, 128)), "INVALID_ARGUMENT", r"prompt_ids\[1\]: got 128"),
@@ -377,6 +385,53 @@ def test_what_the_contract_knows_and_nobody_serves_is_unimplemented(name):
         async with serving(Worker()) as call:
             error = await call.error(name)
             assert error.code() is grpc.StatusCode.UNIMPLEMENTED and ": " in error.details()
+
+    asyncio.run(scene())
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_for_another_replica_is_answered_without_tokens_and_with_what_that_one_shows():
+    async def scene():
+        worker = Worker(0.0)
+        worker.pairing = object()
+        async with serving(worker) as call:
+            info = await call("GetServerInfo")
+            assert (info.kv_connector, info.kv_role) == ("NixlConnector", "kv_both")
+            first = ask(max_tokens=1, kv_transfer_params_json='{"do_remote_decode": true}')
+            reading = asyncio.ensure_future(_all(call("Generate", first)))
+            await until(lambda: worker.offers)
+            worker.offers[0][1]('{"shown": 1}')
+            (answer,) = await reading
+            complete = answer.complete
+            assert complete.kv_transfer_params_json == '{"shown": 1}' and not complete.output_ids
+            assert (complete.prompt_tokens, complete.completion_tokens) == (3, 0) and worker.closed == [1]
+            second = ask(max_tokens=2, kv_transfer_params_json=complete.kv_transfer_params_json)
+            parts = await _all(call("Generate", second))
+            assert list(parts[-1].complete.output_ids) == [97, 98] and worker.paired == '{"shown": 1}'
+
+    asyncio.run(scene())
+
+
+def test_a_prompt_that_cannot_be_held_is_an_error_and_one_that_nobody_waits_for_is_let_go():
+    async def scene():
+        worker = Worker(0.0)
+        worker.pairing = object()
+        wanted = ask(kv_transfer_params_json='{"do_remote_decode": true}')
+        async with serving(worker) as call:
+            reading = asyncio.ensure_future(call.error("Generate", wanted))
+            await until(lambda: worker.offers)
+            worker.offers[0][1](Unavailable("replica: gone"))
+            assert (await reading).code() is grpc.StatusCode.UNAVAILABLE
+            leaving = call("Generate", wanted)
+            await until(lambda: len(worker.offers) == 2)
+            leaving.cancel()
+            await until(lambda: worker.closed == [1, 2])
+            worker.offers[1][1]("{}")  # too late, and no harm
+            for text in ("[]", "{", '"x"', "{" + " " * 9000 + "}"):
+                error = await call.error("Generate", ask(kv_transfer_params_json=text))
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, text
 
     asyncio.run(scene())
 
