@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 
 import grpc
 import pytest
@@ -61,6 +62,12 @@ def test_a_pair_draws_what_one_replica_draws_and_what_is_held_moves_once(program
     assert list(ask(decode.address, other, json.dumps(told | {"ticket": "00"}), 16).output_ids) == whole
     assert moved(decode) == before, "what is not proved is not believed"
     through_the_gateway(programs, pair, tmp_path)
+    last = [*ids[9:], *ids[:9]]
+    whole = list(ask(prefill.address, last, "", 16).output_ids)
+    shown = ask(prefill.address, last, WANTED, 1).kv_transfer_params_json
+    killed_at = prefill.kill()
+    assert list(ask(decode.address, last, shown, 16).output_ids) == whole, "its holder is gone"
+    assert time.monotonic() - killed_at < 15.0
 
 
 def through_the_gateway(programs, pair, tmp_path):
