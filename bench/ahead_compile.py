@@ -74,7 +74,7 @@ def figures(name: str, dump: Path, seen: Seen) -> Figures:
         file.unlink()
     if name.startswith(ahead_step.NAME):
         step = ahead_step.named(name)
-        devices = topology("h200", ahead_step.TP)
+        devices = topology("h200", ahead_step.TP, step.hosts)
         lower, options = lambda: ahead_step.step_lowered(step, devices), step.options
     else:
         row = {row.name: row for row in served.SERVED}[name]
@@ -90,11 +90,11 @@ def figures(name: str, dump: Path, seen: Seen) -> Figures:
     return found | {"by": [choice.name for choice in served.kernels(row)]}
 
 
-def topology(target: str, size: int) -> list[jax.Device]:
-    """`size` devices of `target`, none of which exist."""
+def topology(target: str, size: int, hosts: int = 1) -> list[jax.Device]:
+    """`size` devices of `target` in so many processes, none of which exist."""
     config = (CONFIGS / f"{target}.txtpb").read_text()
     return topologies.get_topology_desc(
-        topology_name=target, platform="cuda", topology=f"1x1x{size}", target_config=config
+        topology_name=target, platform="cuda", topology=f"1x{hosts}x{size // hosts}", target_config=config
     ).devices
 
 

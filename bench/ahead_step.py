@@ -57,16 +57,18 @@ MOVED = re.compile(r"= (\(.*?\)|\S+) (copy|transpose|copy-start)\(")
 
 
 class Step(NamedTuple):
-    """One program: its padded shape, and options of XLA other than its own."""
+    """One program: its padded shape, options of XLA other than its own, over how many hosts its devices are."""
 
     bucket: Bucket
     odd: str = ""
+    hosts: int = 1
 
     @property
     def name(self) -> str:
         """As it stands in tables."""
         kind = "decode" if self.bucket.one_token else "mixed"
-        return f"{NAME}{kind} {self.bucket.tokens} tp={TP} {self.odd}".strip()
+        spread = f" {self.hosts} hosts" * (self.hosts > 1)
+        return f"{NAME}{kind} {self.bucket.tokens} tp={TP}{spread} {self.odd}".strip()
 
     @property
     def options(self) -> dict[str, bool | str]:
@@ -81,7 +83,7 @@ OPTIONS = {
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,COLLECTIVES,CONDITIONAL"
     },
 }
-STEPS = tuple(Step(bucket, odd) for bucket in (DECODE, MIXED) for odd in OPTIONS)
+STEPS = (*(Step(bucket, odd) for bucket in (DECODE, MIXED) for odd in OPTIONS), Step(DECODE, hosts=2))
 
 
 def named(name: str) -> Step:
