@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 from engine.cluster.commands import command, kept, worker
 from engine.cluster.found import here
+from engine.cluster.process import Command
 from engine.cluster.ranks import LWS, rank_of
 from engine.cluster.rules import private
-from engine.cluster.supervisor import Command
 from engine.cluster.topology import Placed, Topology, placed
 from engine.errors import ConfigError
 

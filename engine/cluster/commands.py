@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from engine.cluster.found import Found, bind
-from engine.cluster.supervisor import Command
+from engine.cluster.process import Command
 from engine.cluster.topology import LOCAL, LOOPBACK, Placed, Topology
 from engine.config import ROWS, Value
 from engine.environment import DEVICE_COUNT, virtual_devices
@@ -44,7 +44,7 @@ def worker(topology: Topology, placed: Placed, front: str = "", interface: str =
     words += [f"--lane={lane.name}", f"--role={lane.role}", f"--mesh=tp={lane.tp}", f"--rank={placed.rank}"]
     words += [f"--processes={len(lane.hosts)}", f"--devices={','.join(map(str, placed.devices))}"]
     words += [f"--lane-interface={LOOPBACK if interface == LOCAL else interface}"]
-    if topology.security.certs is not None:
+    if front and topology.security.certs is not None:  # who is started by us gets his over the channel
         words += [f"--certs={topology.security.certs / LANE}"]
     words += ["--trusted-network"] * topology.security.trusted_network
     return words + [f"--front={front}"] * bool(front)

@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from engine.cluster.commands import SECRET_FILE
+from engine.cluster.rules import check_for_others
 from engine.cluster.topology import Topology
 from engine.config import ROWS
 from engine.errors import ConfigError, wrong
@@ -57,11 +58,10 @@ def check(topology: Topology) -> None:
     if front.host not in ("0.0.0.0", "::"):
         raise ConfigError(wrong("host", front.host, "0.0.0.0 in [front], as kubelet and clients come from outside "
                                 "its pod"), field="host")  # fmt: skip
-    if addresses.parse(front.address).port == 0:
-        raise ConfigError("address: got no port in [front]; expected one, which the Service names", field="address")
-    if security.secret_file is None or security.certs is None:
-        raise ConfigError("security: expected secret_file and certs, both absolute, where pods mount their Secrets",
-                          field="security")  # fmt: skip
+    check_for_others(topology)
+    if security.certs is None:
+        raise ConfigError("certs: got none in [security]; expected the folder where pods mount them", field="certs")
+    assert security.secret_file is not None
     if topology.autotune is not None:
         raise ConfigError("autotune: got a folder; expected none over kubernetes, as pods share "
                           "no folder to write in", field="autotune")  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from engine.cluster.commands import command, kept, worker
 from engine.cluster.found import Found, here
-from engine.cluster.supervisor import Command
+from engine.cluster.process import Command
 from engine.cluster.topology import Topology, placed
 from engine.errors import ConfigError
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from engine.cluster import local, ssh
 from engine.cluster.found import Found, Gpu
-from engine.cluster.supervisor import Command
+from engine.cluster.process import Command
 from engine.cluster.topology import Topology
 from engine.errors import ConfigError
 

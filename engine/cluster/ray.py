@@ -5,7 +5,7 @@
     exit 75, killed ...   RestartWanted -> Ray runs the task again; 0, 2 and 78 are final
 
 Ray passes strings and numbers and none of our objects; what the lanes say to each other goes by Serac's own ports.
-Ray itself knows no passwords: whoever reaches its ports runs code, so they belong on a trusted network.
+Whoever is let in at Ray's own ports runs code: its token authentication and a trusted network keep others out.
 """
 
 import os
@@ -19,9 +19,10 @@ from typing import NamedTuple
 from engine.cluster.become import become
 from engine.cluster.commands import command, worker
 from engine.cluster.found import Found
+from engine.cluster.process import Command
 from engine.cluster.reading import parse
+from engine.cluster.rules import check_for_others
 from engine.cluster.slurm import FINAL
-from engine.cluster.supervisor import Command
 from engine.cluster.topology import Placed, Topology, placed
 from engine.errors import ConfigError, Unavailable
 
@@ -119,8 +120,9 @@ class Started:
 def start(topology: Topology, text: str, front: str, address: str = "", task: Task = rank_task) -> Started:
     """Place and start every rank on the Ray of an address, by default this machine's or a new one.
 
-    Raises ConfigError without Ray, Unavailable where there is no room.
+    Raises ConfigError without Ray, secret or port of the front, Unavailable where there is no room.
     """
+    check_for_others(topology)
     ray = library()
     if not ray.is_initialized():
         ray.init(address=address or None, include_dashboard=False)

@@ -144,5 +144,16 @@ def _of_front(topology: Topology) -> Iterator[tuple[Where, str]]:
         yield ("front", 0, "address"), words + "which serac certs init makes"
 
 
+def check_for_others(topology: Topology) -> None:
+    """Raise ConfigError for what lanes that others start need, to find the front and to be let in."""
+    if topology.security.secret_file is None:
+        raise ConfigError("secret_file: got none in [security]; expected a file that every host reads, since lanes "
+                          "that others start are no children of the front", field="secret_file")  # fmt: skip
+    if addresses.parse(topology.front.address).port == 0:
+        raise ConfigError(
+            "address: got no port in [front]; expected one, where lanes find the front", field="address"
+        )
+
+
 def private(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_private and not address.is_unspecified and not address.is_multicast

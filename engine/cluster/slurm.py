@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.cluster.rules import check_for_others
 from engine.cluster.topology import Topology
 from engine.errors import ConfigError, Unavailable
 from engine.lanes import LaneSpec
@@ -70,9 +71,7 @@ def scripts(topology: Topology, file: Path, python: str) -> dict[str, str]:
 
 def check(topology: Topology) -> None:
     """Raise ConfigError for what jobs need and the topology leaves out."""
-    if topology.security.secret_file is None:
-        raise ConfigError("secret_file: got none in [security]; expected a file that every node can read, since "
-                          "jobs are no children of the front", field="secret_file")  # fmt: skip
+    check_for_others(topology)
     if nameless := [host.name for host in topology.hosts if not host.address]:
         raise ConfigError(f"address: host {nameless[0]} has none; expected that of its node", field="address")
 

@@ -13,10 +13,11 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from engine.cluster.commands import command, passed_on, worker
 from engine.cluster.found import Found, differing, here, told
-from engine.cluster.supervisor import Command
+from engine.cluster.process import Command
 from engine.cluster.topology import Host, Security, Topology, placed
 from engine.errors import ConfigError, Misfit, Unavailable, shown
 
@@ -95,13 +96,18 @@ def remote(host: Host, security: Security, environment: Mapping[str, str], words
     """What runs `words` on a host: every word quoted, since its shell reads them."""
     options = dict(OPTIONS)
     if security.known_hosts is not None:
-        options["UserKnownHostsFile"] = str(security.known_hosts)
+        options["UserKnownHostsFile"] = _path(security.known_hosts)
     if host.key is not None:
-        options |= {"IdentityFile": str(host.key), "IdentitiesOnly": "yes"}
+        options |= {"IdentityFile": _path(host.key), "IdentitiesOnly": "yes"}
     given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
     given += ["-p", str(host.port), *(["-l", host.user] if host.user else [])]
     there = ["exec", "env", *(f"{name}={value}" for name, value in sorted(environment.items())), *words]
     return ["ssh", "-T", *given, "--", host.address, shlex.join(there)]
+
+
+def _path(path: Path) -> str:
+    """As an option of ssh, which takes a space for the end of one."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _advice(text: str) -> str:

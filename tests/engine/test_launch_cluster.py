@@ -159,6 +159,8 @@ def test_a_job_becomes_its_rank(launch, monkeypatch):
         (("--lane", "p7", "--rank", "0"), "lane: got 'p7'; expected one of p0, d1"),
         (("--over", "slurm", "--dry-run", "--out", "/dev/null/x"), "out: got /dev/null/x; expected a folder"),
         (("--over", "kubernetes",), "host: got '127.0.0.1'; expected 0.0.0.0 in [front]"),
+        (("--front-only", "--listen", "127.0.0.1:1"), "listen: address: got one of loopback, which h0"),
+        (("--front-only", "--listen", "here"), "listen: address: got 'here'; expected HOST:PORT"),
         (("--lane-interface", "x"), "--lane-interface: unknown option"),
     ],
 )  # fmt: skip

@@ -201,7 +201,7 @@ def test_every_pod_reads_the_file_itself():
     [
         ('host = "0.0.0.0"', "", "host: got '127.0.0.1'; expected 0.0.0.0 in \\[front\\]"),
         ("0.0.0.0:50053", "0.0.0.0:0", "address: got no port"),
-        ('secret_file = "/etc/serac/secret/secret"', "", "security: expected secret_file and certs"),
+        ('secret_file = "/etc/serac/secret/secret"', "", "secret_file: got none in"),
         ("/etc/serac/secret/secret", "secret", "secret_file: got 'secret'; expected an absolute path in the pods"),
         ("/etc/serac/secret/secret", "/etc/serac/certs/secret", "secret_file: got a file inside certs"),
         (

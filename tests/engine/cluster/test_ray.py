@@ -14,6 +14,7 @@ from engine.cluster import places
 from engine.cluster import ray as over
 from engine.cluster.ray import RestartWanted, groups, planned
 from engine.cluster.reading import of_lanes, parse
+from engine.cluster.topology import FrontPlace, Security
 from engine.errors import ConfigError
 
 FILE = """\
@@ -44,6 +45,7 @@ hosts = ["h0", "h1", "h1"]
 address = "10.0.0.1:50053"
 [security]
 certs = "/c"
+secret_file = "/shared/secret"
 trusted_network = true
 """
 MADE = parse(FILE, "x.toml")
@@ -67,6 +69,11 @@ def test_what_a_task_runs_is_the_worker_with_the_front_to_go_to():
     found = planned(MADE, places.assumed(MADE))
     assert list(found)[:2] == [("p0", 0), ("p0", 1)]
     assert "--front=10.0.0.1:50053" in found["p0", 0].arguments and "--lane=p0" in found["p0", 0].arguments
+
+
+def test_without_a_secret_that_tasks_can_read_nothing_is_started():
+    with pytest.raises(ConfigError, match="secret_file: got none in \\[security\\]"):
+        over.start(of_lanes("both:tp=1"), "", "127.0.0.1:1")
 
 
 def test_without_ray_a_start_says_what_to_install(monkeypatch):
@@ -134,7 +141,11 @@ def toy(folder):
     return task
 
 
-CPU = of_lanes("prefill:tp=4/2, decode:tp=1", {"device": "cpu"})
+CPU = replace(
+    of_lanes("prefill:tp=4/2, decode:tp=1", {"device": "cpu"}),
+    security=Security(secret_file=Path("/none")),
+    front=FrontPlace(address="127.0.0.1:1"),
+)
 
 
 def lives(folder, name):

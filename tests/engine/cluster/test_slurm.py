@@ -128,6 +128,7 @@ def test_an_end_that_another_start_may_mend_is_followed_by_one_a_few_times(tmp_p
             "",
             "secret_file: got none in \\[security\\]; expected a file that every",
         ),
+        ("10.0.0.1:50053", "10.0.0.1:0", "address: got no port in \\[front\\]; expected one, where lanes find"),
         ('address = "10.0.0.2"', "", "address: host n2 has none; expected that of its node"),
     ],
 )

@@ -1,6 +1,7 @@
 """Over a real sshd on hosts of namespaces: what they have, which of them does not fit, and a process on each."""
 
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -46,12 +47,22 @@ def script(path: Path, text: str) -> str:
 def world(tmp_path_factory):
     """Two hosts with an sshd each, and the topology of a lane over both."""
     folder = tmp_path_factory.mktemp("ssh")
+    apart = folder / "with a space"
+    apart.mkdir()
     with Hosts(2) as hosts, Sshd(hosts[0], folder) as first, Sshd(hosts[1], folder) as second:
-        known = folder / "known"
+        known = apart / "known"
         known.write_text(first.known_hosts.read_text() + second.known_hosts.read_text())
         python = script(folder / "python", PYTHON)
         made = tuple(
-            Host(f"h{k}", each.host.address, (0, 1), user="root", port=each.port, key=each.key, python=python)
+            Host(
+                f"h{k}",
+                each.host.address,
+                (0, 1),
+                user="root",
+                port=each.port,
+                key=shutil.copy(each.key, apart / f"key{k}"),
+                python=python,
+            )
             for k, each in enumerate((first, second))
         )
         security = Security(certs=Path("/c"), known_hosts=known, trusted_network=True)
