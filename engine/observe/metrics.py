@@ -18,6 +18,7 @@ OUTCOMES = ("stop", "length", "abort", "deadline", "error", "refused")
 LOG_STOPS = ("disk", "queue", "size", "record")
 BLOCK_STATES = ("free", "held", "cached", "writing", "quarantined")
 HANDOFF_STATES = ("offered", "reserved", "copying", "committed", "released", "aborted", "quarantined")
+CLAIMS = ("taken", "no proof", "another revision", "other tokens", "no way there")
 STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 FIRST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 REQUEST_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -52,6 +53,8 @@ ROWS = (
     Row("handoffs", "gauge", "Handoffs of both sides, by state.", "state", HANDOFF_STATES),
     Row("handoffs_started", "counter", "Prompts computed on one lane for another."),
     Row("handoffs_asked_again", "counter", "Times that KV was asked for once more, after silence or damage."),
+    Row("held", "counter", "Prompts computed and held for another replica."),
+    Row("claims", "counter", "Prompts that another replica holds, by what was made of that.", "as", CLAIMS),
     Row("moved_blocks", "counter", "KV blocks sent and received."),
     Row("moved_bytes", "counter", "Their bytes."),
     Row("recoveries", "counter", "Choices that went on elsewhere after a loss."),

@@ -312,6 +312,7 @@ class Replica:
         for number, answer in held:
             if (offer := self._offers.pop(number, None)) is not None:
                 tokens, told = offer
+                self.metrics.add("held", isinstance(answer, Claim))
                 told(self._shown(answer, tokens) if isinstance(answer, Claim) else answer)
 
     def _shown(self, claim: Claim, tokens: int) -> str:
@@ -373,6 +374,8 @@ class Replica:
             self.metrics.set(name, load[name])
         for name in ("recoveries", "handoffs_started", "handoffs_asked_again"):
             self.metrics.set(name, load[name])
+        for made, count in (self.pairing.counts if self.pairing else {}).items():
+            self.metrics.set("claims", count, made)
         self.metrics.set("moved_bytes", load["moved_blocks"] * self.block_bytes)
         for state, count in block_states(load).items():
             self.metrics.set("blocks", count, state)

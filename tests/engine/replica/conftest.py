@@ -54,10 +54,10 @@ class Life:
         stopping = {key: options.pop(key) for key in list(options) if key in Stopping.__dataclass_fields__}
         return Request(name, ids, Sampling(**options), Stopping(**stopping), deadline_at)
 
-    def submit(self, name="a", reads=True, **options):
+    def submit(self, name="a", reads=True, paired="", **options):
         self.deltas[name] = []
         notify = (lambda output: self.read(output)) if reads else (lambda output: None)
-        return self.replica.submit(self.request(name, **options), notify)
+        return self.replica.submit(self.request(name, **options), notify, paired)
 
     def read(self, output):
         self.deltas[output.request.request_id] += output.take()
