@@ -1,6 +1,6 @@
 """How far a long start has come: a bar for a person, a line for each stage and each few seconds for a log.
 
-show(what, done, of): "loading weights" 12 of 97, "compiling decode 8x8 plain" 3 of 24
+show(what, done, of): "loading weights" 12 of 97, "compiling decode 8x8 plain" 3 of 24, "p0/1 compiling ..." 3 of 9
 """
 
 import time
@@ -41,7 +41,7 @@ class Lines:
 
     def __init__(self, out: TextIO, now: Callable[[], float] = time.monotonic):
         self._out, self._now = out, now
-        self._stage, self._said_at = "", 0.0
+        self._said: dict[str, tuple[str, float]] = {}  # by stage
 
     def __enter__(self) -> "Lines":
         return self
@@ -52,10 +52,12 @@ class Lines:
     def show(self, what: str, done: int, of: int) -> None:
         """Say that a stage begins, goes on or has ended."""
         stage, now = what.split()[0], self._now()
-        if stage == self._stage and done < of and now - self._said_at < QUIET_S:
+        line = f"{what} ({done} of {of})"
+        last, said_at = self._said.get(stage, ("", -QUIET_S))
+        if line == last or (done < of and now - said_at < QUIET_S):
             return
-        self._stage, self._said_at = stage, now
-        print(f"serac: {what} ({done} of {of})", file=self._out, flush=True)
+        self._said[stage] = line, now
+        print(f"serac: {line}", file=self._out, flush=True)
 
 
 def progress(out: TextIO) -> Bars | Lines:

@@ -165,7 +165,9 @@ class Supervisor:
             worker.start()
         with self._change:
             while len(self._ready) < len(self.workers):
-                progress(*self._shown())
+                progress("lanes ready", len(self._ready), len(self.workers))
+                for (lane, rank), (stage, done, of) in self._stages.items():
+                    progress(f"{lane}/{rank} {stage}", done, of)
                 if gone := [worker for worker in self.workers.values() if worker.given_up]:
                     break
                 self._change.wait(LOOK_S)
@@ -181,14 +183,6 @@ class Supervisor:
             thread.start()
         for thread in stopping:
             thread.join()
-
-    def _shown(self) -> tuple[str, int, int]:
-        """What the slowest process does, for one line of progress."""
-        late = {key: stage for key, stage in self._stages.items() if key[0] not in self._ready}
-        if not late:
-            return "starting workers", len(self._ready), len(self.workers)
-        (lane, rank), (stage, done, of) = min(late.items(), key=lambda item: item[1][1] / max(item[1][2], 1))
-        return f"{lane}/{rank} {stage}", done, of
 
     def _hear(self, slot: str, words: dict) -> None:
         with self._change:

@@ -60,6 +60,16 @@ def test_a_log_hears_of_each_stage_and_then_rarely():
     ]
 
 
+def test_a_log_hears_of_processes_side_by_side_as_rarely():
+    out, now = io.StringIO(), [0.0]
+    with Lines(out, lambda: now[0]) as lines:
+        for k in range(40):
+            now[0] += 0.2
+            for process in ("p0/0", "p0/1"):
+                lines.show(f"{process} compiling", k, 40)
+    assert len(out.getvalue().splitlines()) == 4
+
+
 def test_a_terminal_gets_a_bar_a_stage():
     out = Terminal()
     with progress(out) as bars:
