@@ -21,7 +21,7 @@ from engine.movers.tls import Tls, stranger
 RECORD = 1 << 14  # most bytes of one TLS record
 MOST_SENT = 1 << 38  # bytes under one key: 2**24.5 records of AES-GCM (RFC 8446, 5.5); Python cannot renew it
 PARTING_S = 0.5  # for the other side to read why
-ROOM = 1 << 17  # bytes of records that are read at once, and written
+ROOM = 1 << 18  # bytes of records that are read at once, and written; less is slower
 
 
 class TlsWire:
