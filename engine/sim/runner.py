@@ -8,6 +8,7 @@ device would do.
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -87,14 +88,14 @@ class ModelledRunner:
             raise result
         return result
 
-    def gather(self, blocks: list[int]) -> np.ndarray:
+    def gather(self, blocks: Sequence[int]) -> np.ndarray:
         """What `blocks` hold once every step launched before has run; [blocks, C]."""
-        return self.kv[blocks].copy()
+        return self.kv[list(blocks)].copy()
 
-    def scatter(self, blocks: list[int], staged: np.ndarray) -> None:
+    def scatter(self, blocks: Sequence[int], staged: np.ndarray) -> None:
         """Write what was gathered elsewhere into `blocks`."""
         assert 0 not in blocks and len(blocks) == len(staged)
-        self.kv[blocks] = staged
+        self.kv[list(blocks)] = staged
 
     def _row(self, planned: list[int]) -> list[tuple[int, bool]]:
         row, start, count = planned[ROW], planned[START], planned[COUNT]

@@ -73,9 +73,9 @@ class Served:
                         found[said["--lane"] + f"/{rank}" * (rank != "0")] = int(pid)
         return found
 
-    def kill(self, slot: str) -> float:
-        """Kill -9; when."""
-        os.kill(self.workers()[slot], signal.SIGKILL)
+    def kill(self, worker: str, how: signal.Signals = signal.SIGKILL) -> float:
+        """Kill -9, or another signal; when."""
+        os.kill(self.workers()[worker], how)
         return time.monotonic()
 
     def lane(self, slot: str):

@@ -1,5 +1,7 @@
 """A whole replica around a device that is a hash, under a clock that stands still, turned by hand."""
 
+import threading
+
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -100,3 +102,10 @@ def life(text):
 @pytest.fixture
 def make_life(text):
     return lambda **options: Life(text, **options)
+
+
+@pytest.fixture
+def ending_threads(monkeypatch):
+    """SystemExit ends a thread without a word, as Python has it and pytest has not."""
+    hook = threading.excepthook
+    monkeypatch.setattr(threading, "excepthook", lambda it: None if it.exc_type is SystemExit else hook(it))
