@@ -73,6 +73,7 @@ def _check_interface(place: Place, trusted: bool) -> None:
         raise ConfigError(
             wrong("lane_interface", place.interface, "an IP address of this host"), field="lane_interface"
         ) from None
+    found = getattr(found, "ipv4_mapped", None) or found  # ::ffff:0.0.0.0 is every address of IPv4
     if place.processes == 1 or found.is_loopback:
         return
     if found.is_unspecified or not found.is_private:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.served import Served
 
-PROMPTS = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 2]
+PROMPTS = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 8]
 KINDS = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
 ASKED = [(p, kind | {"max_tokens": 24, "ignore_eos": True, "logprobs": 2}) for p in PROMPTS for kind in KINDS]
 
