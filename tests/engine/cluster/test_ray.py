@@ -109,6 +109,18 @@ def test_a_tied_command_ends_with_all_it_started_when_its_input_ends(tmp_path):
     assert not alive(child)
 
 
+def test_a_tied_command_ends_when_who_keeps_it_is_killed():
+    words = [sys.executable, "-m", "engine.cluster.tied", "sh", "-c", "echo $$; exec sleep 60"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        assert alive(child)
+        process.kill()
+    until = time.monotonic() + 5
+    while alive(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not alive(child)
+
+
 def alive(pid: int) -> bool:
     """Whether it runs; one that nobody has waited for yet does not."""
     try:
@@ -168,7 +180,7 @@ def test_a_real_ray_starts_a_task_a_rank_and_again_after_75(ray, tmp_path):
 @pytest.mark.slow
 def test_ranks_over_ray_end_with_their_task(ray, tmp_path):
     """Costs 10 s."""
-    (tmp_path / "does").write_text("sleep 300 & wait\n")
+    (tmp_path / "does").write_text("exec sleep 300\n")
     started = over.start(CPU, "", "127.0.0.1:1", task=toy(tmp_path))
     until = time.monotonic() + 30
     while not all(lives(tmp_path, name) for name in ("p0.0", "p0.1", "d1.0")):
