@@ -2,8 +2,8 @@
 
     python -m engine.cluster.tied COMMAND ...      exit code: that of the command, 128 + N when signal N ended it
 
-Where an engine kills who started a process, and not the process, this keeps none behind. At the end of the input all
-that the command started ends with it; when we are killed, the kernel (Linux) kills the command alone.
+Where an engine kills who started a process, and not the process, this keeps none behind. At the end of the input
+all that the command started ends with it; when we are killed, the kernel (Linux) kills the command alone.
 """
 
 import ctypes
