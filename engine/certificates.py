@@ -1,15 +1,14 @@
 """The certificates of a worker: files of this host, or sent by who started it, over the channel they share.
 
 --certs DIR                                 read again on SIGHUP
-{"start": {"tls": {"ca.pem": ...}}}         in a folder of this process alone, taken away at its end;
-{"tls": {...}}                              replaced there when the starter sends new ones
+{"start": {"tls": {"ca.pem": ...}}}         in files of this process alone, for as long as it takes to read them
+{"tls": {...}}                              the same, when the starter sends new ones
 """
 
-import atexit
-import shutil
+import contextlib
 import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.movers.tls import Tls
@@ -31,20 +30,27 @@ def given(starter: Starter, files: Mapping[str, str] | None, own: Tls | None) ->
         return own
     if files is None:
         return None
-    folder = Path(tempfile.mkdtemp(prefix="serac-certs-"))  # 0700
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _write(folder, files)
-    tls = Tls(folder)
+    tls = _loaded(files)
 
     def renew(files: Mapping[str, str]) -> None:
-        _write(folder, files)
-        tls.reload()
+        with _written(files) as folder:
+            tls.reload(folder)
 
     starter.on_tls = renew
     return tls
 
 
-def _write(folder: Path, files: Mapping[str, str]) -> None:
-    for name in FILES:
-        (folder / name).touch(0o600)
-        (folder / name).write_text(files[name])
+def _loaded(files: Mapping[str, str]) -> Tls:
+    with _written(files) as folder:
+        return Tls(folder)
+
+
+@contextlib.contextmanager
+def _written(files: Mapping[str, str]) -> Iterator[Path]:
+    """In a folder of this process alone, for as long as it takes to read them."""
+    with tempfile.TemporaryDirectory(prefix="serac-certs-") as made:
+        folder = Path(made)  # 0700
+        for name in FILES:
+            (folder / name).touch(0o600)
+            (folder / name).write_text(files[name])
+        yield folder

@@ -30,6 +30,7 @@ from engine.movers.cards import Card, Stranger, misfit, read_card, write_card
 from engine.movers.fields import Field, group, octets, text, whole
 from engine.movers.frames import GREETING, PREFIX, SPOKEN, Versions, check_header, frame, read_prefix
 from engine.movers.pipe import Pipe
+from engine.movers.private import private
 from engine.observe.plan_bytes import read_map
 
 OPENING, PROOF, TURNED = 1, 2, 3
@@ -80,7 +81,7 @@ def read_secret(environment: Mapping[str, str], variable: str = "SERAC_CLUSTER_S
             words = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{variable}_FILE: cannot be read ({type(error).__name__})") from None
-        if found.st_mode & 0o077:
+        if not private(found):
             raise ConfigError(f"{variable}_FILE: others may read it; take their rights away (chmod 600)")
     try:
         secret = bytes.fromhex(words.strip())

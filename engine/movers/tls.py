@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 
 from engine.errors import ConfigError, wrong
 from engine.movers.cards import Stranger
+from engine.movers.private import private
 
 ACCEPTS = {"front": ("lane", "operator"), "lane": ("front", "lane"), "operator": ()}
 WARN_S = 30 * 86400.0
@@ -81,10 +82,13 @@ class Tls:
         """When our certificate ends, in seconds since 1970."""
         return self._loaded.ends_s
 
-    def reload(self) -> bool:
-        """Read the files again, for connections that come; False, logged, where they cannot be used."""
+    def reload(self, folder: Path | None = None) -> bool:
+        """Read the files again, or those of another folder, for connections that come.
+
+        False, logged, where they cannot be used.
+        """
         try:
-            loaded = _load(self._folder)
+            loaded = _load(folder or self._folder)
             if loaded.mine != self._loaded.mine:
                 raise ConfigError(wrong("certificates", loaded.mine.role, f"the role as before, {self.role}"))
         except ConfigError as error:
@@ -164,7 +168,7 @@ def _load(folder: Path) -> Loaded:
     for path in (ca, cert, key):
         if not os.access(path, os.R_OK):
             raise ConfigError(f"certificates: {path} cannot be read; expected a folder of serac certs init")
-    if key.stat().st_mode & 0o077:
+    if not private(key.stat()):
         raise ConfigError(f"certificates: others may read {key}; take their rights away (chmod 600)")
     contexts = []
     for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):

@@ -7,10 +7,13 @@ Both compare what their lanes are made of (engine/movers/geometry.py) before wei
 difference in a sentence. Who has not come within MEET_S is named by rank.
 """
 
+import contextlib
 import logging
+import queue
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.errors import GroupLost, Malformed, Misfit
 from engine.movers import addresses
@@ -43,24 +46,34 @@ def meet_followers(
     One that does not fit is told so, and ends; whoever started it hears why.
     """
     found: dict[int, Channel] = {}
-    until = time.monotonic() + MEET_S
+    mine, until = Card(lane, "", "control", "", geometry), time.monotonic() + MEET_S
+    came: queue.SimpleQueue[tuple[socket.socket, Card] | None] = queue.SimpleQueue()
+
+    def welcome(connected: socket.socket) -> None:
+        came.put(_greeted(connected, secret, mine, False, tls))
+
     with door:
+        door.settimeout(AGAIN_S)
         while missing := sorted(set(range(1, processes)) - set(found)):
-            door.settimeout(max(until - time.monotonic(), 0.01))
-            try:
-                connected, _ = door.accept()
-            except TimeoutError:
-                raise GroupLost(f"lane {lane}: rank {missing[0]} has not come within {MEET_S:.0f} s") from None
-            mine = Card(lane, "", "control", "", geometry)
-            if (greeted := _greeted(connected, secret, mine, False, tls)) is None:
-                continue
-            connected, card = greeted
-            name, rank = lane_of(card.name)
-            if name == lane and rank in missing:
-                found[rank] = Channel(connected, f"rank {rank} of {lane}")
-            else:
-                connected.close()
+            if time.monotonic() > until:
+                raise GroupLost(f"lane {lane}: rank {missing[0]} has not come within {MEET_S:.0f} s")
+            with contextlib.suppress(TimeoutError):  # a stranger who says nothing keeps nobody waiting
+                threading.Thread(target=welcome, args=(door.accept()[0],), daemon=True).start()
+            while not came.empty():
+                if (greeted := came.get()) is not None:
+                    _seat(*greeted, lane, missing, found)
     return Followers([found[rank] for rank in range(1, processes)], lost)
+
+
+def _seat(
+    connected: socket.socket, card: Card, lane: str, missing: Sequence[int], found: dict[int, Channel]
+) -> None:
+    """Take in a process that has been greeted, if it is one that is missing."""
+    name, rank = lane_of(card.name)
+    if name == lane and rank in missing and rank not in found:
+        found[rank] = Channel(connected, f"rank {rank} of {lane}")
+    else:
+        connected.close()
 
 
 def meet_leader(
