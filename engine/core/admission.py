@@ -88,6 +88,7 @@ class Lane:
     role: Role
     load: Load | None = None
     queued: int = 0  # prompt tokens sent since its last report
+    retired: bool = False  # nothing new is placed there: it is about to be restarted
     placed: dict[int, int] = field(default_factory=dict)  # number -> prompt tokens, until a first token
     drawing: set[int] = field(default_factory=set)
     tokens: int = 0  # of `placed`

@@ -46,7 +46,8 @@ class Holds:
 
     def open(self, request: Request, blocks: int, now: float, max_wait_s: float) -> int:
         """Have a prompt of so many blocks computed and held. Raises Unavailable, ResourceExhausted."""
-        lanes = [lane for lane in self._lanes.values() if lane.role != "decode"] or [*self._lanes.values()]
+        here = [lane for lane in self._lanes.values() if not lane.retired]
+        lanes = [lane for lane in here if lane.role != "decode"] or here
         if not lanes:
             raise Unavailable("replica: no lane is ready; try again later")
         length = len(request.prompt_ids)
@@ -77,6 +78,10 @@ class Holds:
         else:
             error = message.error or Unavailable(f"replica: the prompt was lost: {message.reason}")
             self.told.append((message.handoff, error))
+
+    def count(self, lane: str) -> int:
+        """How many prompts it computes for others."""
+        return sum(claim.lane == lane for claim in self._open.values())
 
     def lost(self, lane: str) -> None:
         """A lane is gone with all it held."""

@@ -5,13 +5,13 @@
     lane lost | handoff failed -> the choices that still run go on elsewhere, from the tokens they have drawn
     Over | cancel | deadline | finish -> one terminal event a choice
 
+    retire -> nothing new there      no other lane -> parked until one is up, new ones no longer than they may wait
+
 All choices of a request start in one leg (engine/core/journeys.py), to share the prompt; after a loss each goes on
 in a leg of its own. Each attempt has serials of its own, so whatever an earlier one still says is unknown here.
-Tokens are taken only at the position that comes next.
+Tokens are taken only at the position that comes next. Where to place is engine/core/placement.py's to say.
 
-Placement is by predicted seconds: what is queued on the lanes, the prompt without what each has cached, and the
-move. A prompt that is short or cached where it will decode skips the prefill lane; so does one whose tokens are to
-be scored. Without a lane of the right role any other serves. Pure: `now` is an argument, messages go to `outbox`.
+Pure: `now` is an argument, messages go to `outbox`.
 Cost: one hash a block of a prompt when there are several lanes; a dict lookup a token.
 """
 
@@ -20,7 +20,7 @@ import math
 import secrets
 from collections.abc import Callable
 
-from engine.core import messages, prefix
+from engine.core import messages, placement, prefix
 from engine.core.admission import Lane, admit, least_wait
 from engine.core.blocks import Content
 from engine.core.directory import Directory, Reader
@@ -34,8 +34,6 @@ from engine.core.sequence import Part
 from engine.core.whereabouts import Whereabouts
 from engine.errors import DeadlineExceeded, SeracError, Unavailable
 
-MOVE_S = 5e-3  # a handoff, beside its prompt
-SHORT_BLOCKS = 2  # a prompt of which no more is to be computed skips the prefill lane
 MOST_LOSSES = 8  # attempts that ended with their lane, until the request counts as the cause
 
 
@@ -69,7 +67,8 @@ class Router:
         self._deadlines: list[tuple[float, int]] = []  # with the number of a journey
         self._due: dict[int, Journey] = {}  # open journeys with a deadline, by number
         self._where = Whereabouts(block_size, root)
-        self._parked: list[list[Track]] = []  # no lane is there
+        self._parked: list[tuple[float, list[Track]]] = []  # since when no lane takes them
+        self._returning: set[str] = set()  # lanes that were retired, until who did it knows of the next life
         self.directory = Directory(prefix.start(root, "", b""))
         self.holds = Holds(self.lanes, self._to, draw_ticket)
 
@@ -80,13 +79,15 @@ class Router:
 
         Raises Unavailable when no lane is there, ResourceExhausted.
         """
-        if not self.lanes:
+        if not self.ready:
             raise Unavailable("replica: no lane is ready; try again later")
         self._run(now)
         length = len(request.prompt_ids)
-        decoding, prefilling = self._pools(request, length)
-        alone = [lane for lane in decoding if self._may_serve_alone(lane, length, prefilling)]
-        admit(now, self.max_wait_s, request.deadline_at, least_wait(alone, prefilling, decoding))
+        decoding, prefilling = placement.pools(self.lanes.values(), request, length)
+        may = placement.may_serve_alone
+        alone = [lane for lane in decoding if may(lane, length, prefilling, self._block_size)]
+        if decoding:
+            admit(now, self.max_wait_s, request.deadline_at, least_wait(alone, prefilling, decoding))
         journey = Journey(request, seed)
         journey.tracks = [Track(journey, choice) for choice in range(request.sampling.n)]
         self.journeys[journey] = None
@@ -94,7 +95,8 @@ class Router:
             journey.number = self._number()
             self._due[journey.number] = journey
             heapq.heappush(self._deadlines, (request.deadline_at, journey.number))
-        if claim is None or claim.handoff in self._legs or request.sampling.prompt_logprobs is not None:
+        scored = request.sampling.prompt_logprobs is not None
+        if claim is None or claim.handoff in self._legs or scored or not decoding:
             self._place(journey.tracks)
         else:
             self._claim(journey, claim)
@@ -138,8 +140,27 @@ class Router:
         if self.directory.read:
             self._to(name, Prefixes(True, False))
         parked, self._parked = self._parked, []
-        for tracks in parked:
+        for _, tracks in parked:
             self._place([track for track in tracks if not track.over])
+
+    @property
+    def ready(self) -> bool:
+        """Whether a lane is there, or will be soon."""
+        return bool(self.lanes or self._returning)
+
+    def retire(self, name: str) -> None:
+        """Place nothing new on a lane; what it serves goes on. Until `returned`, its next life is waited for."""
+        self.lanes[name].retired = True
+        self._returning.add(name)
+
+    def returned(self, name: str) -> None:
+        """A lane that was retired is there again under another name, or nobody waits for it any more."""
+        self._returning.discard(name)
+
+    def serves(self, name: str) -> int:
+        """Choices and prompts that are placed on a lane."""
+        lane = self.lanes.get(name)
+        return 0 if lane is None else len(lane.placed) + len(lane.drawing) + self.holds.count(name)
 
     def set_role(self, name: str, role: Role) -> None:
         """Place requests on a lane by another role from now on; what it serves goes on there."""
@@ -148,7 +169,7 @@ class Router:
 
     def lane_lost(self, name: str) -> None:
         """A lane's process is gone or cut off: what it served goes on elsewhere."""
-        if self.lanes.pop(name, None) is None:
+        if (lane := self.lanes.pop(name, None)) is None:
             return
         self.directory.lost(name)
         self.holds.lost(name)
@@ -156,7 +177,7 @@ class Router:
             self._to(other, Fence(name))
         hit = [leg for leg in self._legs.values() if leg.target == name or (leg.source == name and leg.handoff)]
         for leg in {id(leg): leg for leg in hit}.values():
-            self._again(leg, f"lane {name} was lost")
+            self._again(leg, f"lane {name} was lost", blame=not lane.retired)
 
     def receive(self, lane: str, message: messages.ToFront) -> None:
         """Take in what a lane says."""
@@ -208,6 +229,16 @@ class Router:
         while self._deadlines and self._deadlines[0][0] <= now:
             if (journey := self._due.get(heapq.heappop(self._deadlines)[1])) is not None:
                 self.cancel(journey, "deadline", DeadlineExceeded("deadline: passed before the request was done"))
+        self._tire()
+
+    def _tire(self) -> None:
+        """End requests that have drawn nothing when no lane has taken them for as long as one may wait."""
+        self._parked = [entry for entry in self._parked if not all(track.over for track in entry[1])]
+        for since, tracks in self._parked:
+            for track in tracks if self._now - since > self.max_wait_s else ():
+                if not (track.over or track.tokens):
+                    words = f"max_wait: no lane was ready within {self.max_wait_s:.3g} s; try again later"
+                    self.end(track, "error", error=Unavailable(words))
 
     def _run(self, now: float) -> None:
         for lane in self.lanes.values():
@@ -270,8 +301,8 @@ class Router:
 
     # -- placing --------------------------------------------------------------------------------------------------
 
-    def _again(self, leg: Leg, reason: str) -> None:
-        """Give an attempt up and go on from what was drawn, each choice for itself."""
+    def _again(self, leg: Leg, reason: str, blame: bool = True) -> None:
+        """Give an attempt up and go on from what was drawn, each choice for itself; `blame` counts a loss."""
         serials = leg.serials
         for name in {leg.target, leg.source} & self.lanes.keys():
             self._to(name, Cancel(serials, leg.handoff, reason))
@@ -281,7 +312,7 @@ class Router:
             self._tracks.pop(track.serial, None)
             if track.over:
                 continue
-            track.losses += 1
+            track.losses += blame
             if track.losses > MOST_LOSSES:
                 error = Unavailable(f"replica: {MOST_LOSSES} attempts failed, the last one because {reason}")
                 self.end(track, "error", error=error)
@@ -306,13 +337,14 @@ class Router:
     def _place(self, tracks: list[Track]) -> None:
         if not tracks:
             return
-        if not self.lanes:
-            self._parked.append(tracks)
-            return
         journey, first = tracks[0].journey, tracks[0]
         request, tokens = journey.request, (*journey.request.prompt_ids, *first.tokens)
+        decoding, prefilling = placement.pools(self.lanes.values(), request, len(tokens))
+        if not decoding:
+            self._parked.append((self._now, tracks))
+            return
         chain = self._chain(request, tokens)
-        source, target = self._choose(request, len(tokens), chain)
+        source, target = placement.choose(self._where, decoding, prefilling, len(tokens), chain, self._block_size)
         leg = Leg(tracks, target.name)
         cached = self._where.cached((source or target).name, chain)
         for track in tracks:
@@ -338,7 +370,8 @@ class Router:
         """Serve on the lane that waits least, which fetches the prompt's KV from whoever holds it."""
         request, length = journey.request, len(journey.request.prompt_ids)
         blocks = -(-length // self._block_size)
-        target = min(self._pools(request, length)[0], key=lambda lane: lane.wait_s(1, blocks))
+        decoding, _ = placement.pools(self.lanes.values(), request, length)
+        target = min(decoding, key=lambda lane: lane.wait_s(1, blocks))
         leg = Leg(journey.tracks, target.name, claim.lane, claim.handoff, self._chain(request, request.prompt_ids))
         self._legs[claim.handoff] = leg
         for track in journey.tracks:
@@ -368,34 +401,6 @@ class Router:
         ticket = self._draw_ticket()
         self._to(leg.target, Expect(leg.handoff, source.name, submit, ticket))
         self._to(source.name, Prefill(leg.handoff, leg.target, prompt, ticket))
-
-    def _pools(self, request: Request, length: int) -> tuple[list[Lane], list[Lane]]:
-        """(lanes that may decode, lanes that may prefill for them)."""
-        lanes = list(self.lanes.values())
-        decoding = [lane for lane in lanes if lane.role != "prefill"] or lanes
-        prefilling = [lane for lane in lanes if lane.role == "prefill"]
-        return decoding, [] if request.sampling.prompt_logprobs is not None or length < 2 else prefilling
-
-    def _may_serve_alone(self, lane: Lane, rest: int, prefilling: list[Lane]) -> bool:
-        return lane.role != "decode" or not prefilling or rest <= SHORT_BLOCKS * self._block_size
-
-    def _choose(self, request: Request, length: int, chain: list[bytes]) -> tuple[Lane | None, Lane]:
-        """(the lane that prefills or None, the lane that decodes), of least predicted seconds."""
-        decoding, prefilling = self._pools(request, length)
-        blocks = -(-length // self._block_size)
-        best: tuple[float, Lane | None, Lane] | None = None
-        for target in decoding:
-            rest = length - self._where.cached(target.name, chain)
-            alone = target.wait_s(rest, blocks)
-            if self._may_serve_alone(target, rest, prefilling):
-                best = _lesser(best, (alone, None, target))
-            for source in prefilling:
-                if source is not target:
-                    todo = length - self._where.cached(source.name, chain)
-                    moved = source.wait_s(todo, blocks) + target.wait_s(1, blocks) + MOVE_S
-                    best = _lesser(best, (moved, source, target))
-        assert best is not None
-        return best[1], best[2]
 
     def _chain(self, request: Request, tokens: tuple[int, ...]) -> list[bytes]:
         return self._where.chain(request, tokens) if len(self.lanes) > 1 else []
@@ -429,7 +434,7 @@ class Router:
 
     def check(self) -> None:
         """Assert that every open choice has one attempt or is parked. For tests and idle moments."""
-        parked = {track for tracks in self._parked for track in tracks if not track.over}
+        parked = {track for _, tracks in self._parked for track in tracks if not track.over}
         for journey in self.journeys:
             assert any(not track.over for track in journey.tracks)
             for track in journey.tracks:
@@ -439,9 +444,3 @@ class Router:
         placed = {number for lane in self.lanes.values() for number in (*lane.placed, *lane.drawing)}
         claimed = {leg.handoff for leg in self._legs.values() if leg.handoff and leg.source not in self.lanes}
         assert placed == self._legs.keys() - claimed, "a lane counts other work than is open"
-
-
-def _lesser(
-    best: tuple[float, Lane | None, Lane] | None, other: tuple[float, Lane | None, Lane]
-) -> tuple[float, Lane | None, Lane]:
-    return other if best is None or other[0] < best[0] else best

@@ -24,6 +24,7 @@ class Faults:
     pause_s: float
     cuts: int  # links cut for a while, one way
     flips: int  # of a lane's role
+    restarts: int  # of lanes, as an operator asks for them
     cancels: float  # of requests
     deadlines: float
     holds: float
@@ -55,5 +56,6 @@ def draw(rng: random.Random, calm: bool = False) -> Faults:
         cancels=chance(0.4),
         deadlines=chance(0.3),
         holds=chance(0.2),
+        restarts=count(3),
         heal_at=rng.uniform(3.0, 10.0),
     )

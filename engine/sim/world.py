@@ -4,8 +4,9 @@
                                              Agent ~~network~~ Agent                              (handoffs)
 
 Everything between the tildes is the code that serves; the clock, the network, the devices and the processes are
-modelled. A process may die and come back under a new name, stop and go on, lose its links; a message may be lost,
-doubled, late or damaged. Once the faults are over everything must end, and every block and record be given back.
+modelled. A process may die and come back under a new name, be restarted once it has ended what it serves, stop and
+go on, lose its links; a message may be lost, doubled, late or damaged. Once the faults are over all must end, and
+every block and record be given back.
 Cost: about 40 us an event.
 """
 
@@ -232,7 +233,7 @@ class World:
     def _plan_faults(self) -> None:
         faults = self.faults
         kinds = {self._crash: faults.crashes, self._pause: faults.pauses, self._cut_link: faults.cuts}
-        for kind, count in (kinds | {self._flip: faults.flips}).items():
+        for kind, count in (kinds | {self._flip: faults.flips, self._retire: faults.restarts}).items():
             for _ in range(count):
                 self.at(self.rng.uniform(0.1, faults.heal_at), kind)
 
@@ -247,13 +248,28 @@ class World:
     def _flip(self) -> None:
         self.router.set_role(self.rng.choice(self.processes).name, self.rng.choice(["prefill", "decode", "both"]))
 
+    def _retire(self) -> None:
+        process = self.rng.choice(self.processes)
+        if (name := process.name) in self.router.lanes:
+            self.router.retire(name)
+            self._renew(process, name, self.now + self.rng.uniform(0.1, 3.0))
+
+    def _renew(self, process: Process, name: str, until: float) -> None:
+        """End a life when it serves nothing, or the time is over."""
+        if self.router.serves(name) and self.now < until:
+            self.at(self.now + TICK_S, lambda: self._renew(process, name, until))
+            return
+        if process.name == name:
+            process.die()
+        self.router.returned(name)
+
     def _cut_link(self) -> None:
         ends = [FRONT, *(process.slot for process in self.processes)]
         one, other = self.rng.sample(ends, 2)
         self._cut[one, other] = self.now + self.rng.uniform(0.1, 5.0)
 
     def _ask(self, asked) -> None:
-        if not self.router.lanes:
+        if not self.router.ready:
             self.at(self.now + 0.5, lambda: self._ask(asked))
             return
         journey = self.router.submit(asked.request, asked.seed, self.now)

@@ -93,7 +93,7 @@ ROWS = (
     Mutant("say the terminal twice", "engine.core.router",
            "        if track.over:\n            return\n        leg =", "        leg ="),
     Mutant("forget what a lost lane served", "engine.core.router",
-           '            self._again(leg, f"lane {name} was lost")\n', "            pass\n"),
+           '            self._again(leg, f"lane {name} was lost", blame=not lane.retired)\n', "            pass\n"),
     Mutant("tell no lane that another is lost", "engine.core.router",
            "            self._to(other, Fence(name))\n", "            pass\n"),
     Mutant("leave a cancelled choice running", "engine.core.router",

@@ -282,6 +282,101 @@ def test_without_a_lane_requests_are_parked_for_the_next():
     assert [(lane, message.parts[0].serial) for lane, message in front.said()] == [("b", kept.tracks[0].serial)]
 
 
+def test_nothing_new_is_placed_on_a_retired_lane_and_what_it_serves_goes_on():
+    front = Front(a="both", b="both")
+    track = front.ask().tracks[0]
+    ((lane, _),) = front.said()
+    other = {"a": "b", "b": "a"}[lane]
+    front.router.retire(lane)
+    front.ask(SHORT), front.ask(LONG)
+    assert [name for name, _ in front.said(Submit)] == [other, other]
+    front.draw(lane, track, 11)
+    assert [event.entries[0][1] for event in front.told(Drawn)] == [track]
+    assert front.router.serves(lane) == 1 and front.router.serves(other) == 2
+    front.router.receive(lane, Over(track.serial, "length", None, None))
+    assert front.router.serves(lane) == front.router.serves("gone") == 0
+
+
+@pytest.mark.parametrize(("retired", "serves"), [("p", "d"), ("d", "p")])
+def test_a_lane_of_another_role_serves_while_one_is_retired(retired, serves):
+    front = pools()
+    front.router.retire(retired)
+    front.ask()
+    assert [(lane, type(message)) for lane, message in front.said()] == [(serves, Submit)]
+
+
+@pytest.mark.parametrize("retired", ["p", "d"])
+def test_a_handoff_from_or_to_a_retired_lane_goes_on(retired):
+    front = pools()
+    journey, expect, _ = front.hand_off()
+    front.router.retire(retired)
+    front.router.receive("d", Committed(expect.handoff))
+    front.draw("d", journey.tracks[0], 11)
+    assert front.told(Drawn) and not front.said() and front.router.recoveries == 0
+    assert front.router.serves(retired) == {"p": 0, "d": 1}[retired]
+
+
+def test_requests_for_the_only_lane_wait_until_its_next_life_unless_nobody_waits_for_that():
+    front = Front(a="both")
+    front.router.max_wait_s = 30.0
+    front.router.retire("a")
+    first = front.ask()
+    front.router.lane_lost("a")
+    second = front.ask(SHORT)
+    assert not front.said() and front.router.ready
+    front.router.lane_up("b", "both")
+    front.router.returned("a")
+    serials = [message.parts[0].serial for _, message in front.said(Submit)]
+    assert serials == [first.tracks[0].serial, second.tracks[0].serial]
+    front.router.retire("b"), front.router.lane_lost("b"), front.router.returned("b")
+    assert not front.router.ready
+    with pytest.raises(Unavailable, match="no lane is ready"):
+        front.ask()
+
+
+def test_who_waits_for_a_lane_waits_no_longer_than_it_may_but_a_stream_that_began_does():
+    front = Front(a="both")
+    front.router.max_wait_s = 30.0
+    begun = front.ask(max_tokens=9).tracks[0]
+    front.draw("a", begun, 11)
+    front.router.retire("a")
+    new, late = front.ask().tracks[0], front.ask(deadline_at=5.0).tracks[0]
+    front.router.lane_lost("a")
+    front.told(Drawn), front.said(), front.router.tick(5.0)
+    assert [(event.track, event.reason) for event in front.told(Ended)] == [(late, "deadline")]
+    front.router.tick(30.0)
+    assert not front.told(Ended)
+    front.router.tick(30.1)
+    (ended,) = front.told(Ended)
+    assert ended.track is new and isinstance(ended.error, Unavailable)
+    assert "max_wait: no lane was ready within 30 s" in str(ended.error)
+    front.router.lane_up("b", "both")
+    assert [message.parts for _, message in front.said(Submit)] == [((begun.serial, 0, (11,)),)]
+
+
+def test_a_stream_outlives_more_restarts_than_it_may_have_losses():
+    front = Front(a0="both")
+    track = front.ask(max_tokens=99).tracks[0]
+    for k in range(MOST_LOSSES + 2):
+        front.draw(f"a{k}", track, 11)
+        front.router.retire(f"a{k}"), front.router.lane_lost(f"a{k}")
+        front.router.lane_up(f"a{k + 1}", "both"), front.router.returned(f"a{k}")
+    assert not track.over and len(track.tokens) == MOST_LOSSES + 2 and track.losses == 0
+    assert front.router.recoveries == MOST_LOSSES + 2
+
+
+def test_no_prompt_is_held_for_another_replica_on_a_retired_lane():
+    front = Front(a="both", b="both")
+    request = Request("r", LONG, Sampling(), Stopping())
+    front.router.offer(request, 0.0)
+    ((lane, _),) = front.said(Prefill)
+    front.router.retire(lane)
+    assert front.router.serves(lane) == 1
+    for _ in range(3):
+        front.router.offer(request, 0.0)
+    assert {name for name, _ in front.said(Prefill)} == {"a", "b"} - {lane}
+
+
 def test_a_deadline_ends_a_request_that_is_parked_or_served():
     front = Front(a="both")
     parked = front.ask(deadline_at=5.0)
