@@ -15,6 +15,7 @@ BENCHES = {
     "overload": "goodput, waits and refusals when more is asked than can be done, simulated and real",
     "attention": "the work list of attention on a CPU beside gathering everything",
     "matmul": "products with quantised weights on a CPU beside plain float32 ones",
+    "lockstep": "what a lane over several processes pays for a step's orders, and for telling its tokens",
     "load": "an artifact's load against that of a safetensors folder",
     "kernels": "every kernel on this GPU: right, then how near to what the device can do, in one call",
     "tune": "the fastest configs of the kernels on this GPU, written for the dispatcher",
