@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from engine.errors import GroupLost
+from engine.errors import GroupLost, Unavailable
 
 LAST_LINES = 20
 ERROR = "serac: error: "
+OF_SSH = 255  # its own exit code, and that of a process that was killed there
 
 logger = logging.getLogger("serac.supervisor")
 
@@ -32,11 +33,12 @@ Put = Callable[[tuple[int, dict | None]], None]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How to start a process, and where that is, for a person."""
+    """How to start a process, and where that is, for a person; `away` where it is ssh that goes there."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
     host: str = "this host"
+    away: bool = False
 
 
 class Process(Protocol):
@@ -54,10 +56,11 @@ class Process(Protocol):
 
 
 class Started:
-    """A command that runs from now on."""
+    """A command that runs from now on. `copy` gets each line that it says beside its events."""
 
-    def __init__(self, lane: str, rank: int, command: Command, put: Put):
-        self.rank, self.host, self._put = rank, command.host, put
+    def __init__(self, lane: str, rank: int, command: Command, put: Put, copy: Callable[[str], None]):
+        self.rank, self.host, self._put, self._copy = rank, command.host, put, copy
+        self._away, self._came = command.away, False
         self.problem, self.code = "", 0
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self._name = f"{lane}/{rank}" if rank else lane
@@ -83,8 +86,14 @@ class Started:
             self.popen.stdin.flush()
 
     def leave(self, code: int) -> None:
-        """Ask it to end."""
-        self.popen.send_signal(signal.SIGTERM)
+        """Ask it to end. A signal would end ssh alone; what is away ends with its input, and ssh with it."""
+        if not self._away:
+            self.popen.send_signal(signal.SIGTERM)
+            return
+        self.say({"leave": code})
+        assert self.popen.stdin is not None
+        with contextlib.suppress(OSError):  # what it never read
+            self.popen.stdin.close()
 
     def end(self, until: float) -> None:
         """Wait until then for one that was asked to end, then end it with all that it started."""
@@ -93,6 +102,9 @@ class Started:
         except subprocess.TimeoutExpired:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.code = self.popen.wait()
+        if self._away and self.code == OF_SSH and not self._came:  # its host is not there now, and may be later
+            self.code = Unavailable.exit_code
+            self.problem = self.problem or f"{self.host} is not reached over ssh"
         self._lines.join()
         self._errors.join()
         for stream in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
@@ -108,6 +120,7 @@ class Started:
                 logger.info("worker %s: %s", self._name, line.rstrip())
                 continue
             if isinstance(words, dict):
+                self._came = True
                 self._put((self.rank, words))
         self.popen.wait()
         self._errors.join()
@@ -116,6 +129,7 @@ class Started:
     def _pass_on(self, stream: IO[str]) -> None:
         for line in stream:
             self.last.append(line.rstrip())
+            self._copy(line.rstrip())
             if line.startswith("{"):  # a log line of its own
                 sys.stderr.write(line)
             elif line.startswith(ERROR):

@@ -88,7 +88,9 @@ def commands(
     for each in placed(topology):
         one = command(topology, each, found[each.host.name], each.host.python, worker(topology, each))
         there = {**passed_on(environ), **one.environment}
-        made[each.slot] = Command(remote(each.host, topology.security, there, one.arguments), dict(environ))
+        made[each.slot] = Command(
+            remote(each.host, topology.security, there, one.arguments), dict(environ), each.host.name, away=True
+        )
     return made
 
 
