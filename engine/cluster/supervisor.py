@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from engine.cluster.group import Group
 from engine.cluster.process import Command, Process, Put, Seat, Started
+from engine.cluster.rank_logs import NOWHERE, RankLogs
 from engine.errors import ConfigError, GroupLost, Misfit, SeracError, Unavailable
 
 __all__ = ["Command", "Supervisor"]
@@ -43,15 +44,25 @@ class Worker:
     certificates  the files that a process gets which has none on its host
     """
 
-    def __init__(self, slot: str, begin: Begin, ours: bool, told: Told, certificates: Callable[[], dict | None]):
+    def __init__(
+        self,
+        slot: str,
+        begin: Begin,
+        ours: bool,
+        told: Told,
+        certificates: Callable[[], dict | None],
+        logs: RankLogs = NOWHERE,
+    ):
         self.slot, self._begin, self._ours, self._told = slot, begin, ours, told
-        self._certificates = certificates
+        self._certificates, self._logs = certificates, logs
         self.name = ""  # of its lane's present life
         self.processes: Sequence[Process] = ()
         self.given_up = self.served = False
         self.problem = ""  # why it ended, in its own words
-        self.code = 0  # of its last end
-        self._stopping = threading.Event()
+        self.code = self.first = 0  # of its last end, and the rank that ended first
+        self.lives, self.began_at = 0, 0.0  # and when the present one did
+        self.group: Group | None = None  # of the present life
+        self._stopping, self._renewing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"worker {slot}", daemon=True)
 
     def start(self) -> None:
@@ -68,6 +79,15 @@ class Worker:
         self._stopping.set()
         self._thread.join()
 
+    def renew(self) -> None:
+        """End this life and begin the next at once, which counts as no failure. Returns at once."""
+        self._renewing.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no life follows this one."""
+        return self.given_up or self._stopping.is_set()
+
     def _keep(self) -> None:
         wait_s, starts = FIRST_WAIT_S, 0
         while not self._stopping.is_set():
@@ -75,6 +95,9 @@ class Worker:
             code = self.code = self._live()
             if self._stopping.is_set():
                 return
+            if self._renewing.is_set():
+                self._told(self.slot, {"event": "exit", "code": code, "name": self.name, "given_up": False})
+                continue
             if time.monotonic() - began > STEADY_S:
                 wait_s, starts = FIRST_WAIT_S, 0
             starts += code != Unavailable.exit_code  # a host that is cut off comes back some time
@@ -87,6 +110,8 @@ class Worker:
                 "lane %s ended with code %s%s; started again in %.1f s",
                 *(self.slot, code, f" ({self.problem})" if self.problem else "", wait_s),
             )
+            if self.served:  # at a start `refused` does it, once no more are tried
+                show_last(self)
             self._stopping.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -94,10 +119,12 @@ class Worker:
         """One life: from the start of all processes to the end of the first, and of the others with it."""
         events: queue.SimpleQueue[tuple[int, dict | None]] = queue.SimpleQueue()
         self.name, first, beat_at = "", 0, 0.0
+        self._renewing.clear()
         self.processes = self._begin(events.put)
         hosts = [process.host for process in self.processes]
-        group = Group(self.slot, hosts, time.monotonic(), patient=not self._ours)
-        while not (self._stopping.is_set() or group.code):
+        self.lives, self.began_at = self.lives + 1, time.monotonic()
+        group = self.group = Group(self.slot, hosts, self.began_at, patient=not self._ours)
+        while not (self._stopping.is_set() or self._renewing.is_set() or group.code):
             now = time.monotonic()
             if notice := group.look(now):
                 logger.warning("lane %s: %s", self.slot, notice)
@@ -113,12 +140,13 @@ class Worker:
                 break
             if words is not None:
                 self._hear(group, rank, words)
-        codes = self._end()
+        self.first, codes = first, self._end()
         self.problem = group.problem or next((p.problem for p in self.processes if p.problem), "")
         return group.code or next((code for code in codes if code in FINAL), codes[first])
 
     def _hear(self, group: Group, rank: int, words: dict) -> None:
         was_ready = group.facts is not None
+        self._logs.event(self.slot, rank, words)
         for other, answer in group.heard(rank, words):
             if (files := self._certificates()) is not None:
                 answer["start"]["tls"] = files
@@ -152,12 +180,14 @@ class Supervisor:
         lanes: Mapping[str, Sequence[Command] | Sequence[Seat]],
         told: Told,
         certificates: Callable[[], dict[str, str] | None] = lambda: None,
+        logs: RankLogs = NOWHERE,
     ):
         self._ready: dict[str, dict] = {}
         self._stages: dict[tuple[str, int], tuple[str, int, int]] = {}
         self._change = threading.Condition()
         self._outside = told
-        self.workers = {slot: _worker(slot, each, self._hear, certificates) for slot, each in lanes.items()}
+        self._logs = logs
+        self.workers = {slot: _worker(slot, each, self._hear, certificates, logs) for slot, each in lanes.items()}
 
     def start(self, progress: Callable[[str, int, int], None]) -> dict[str, dict]:
         """Start all and wait until each is ready: their facts. Raises what a lane that cannot be started has."""
@@ -183,6 +213,7 @@ class Supervisor:
             thread.start()
         for thread in stopping:
             thread.join()
+        self._logs.close()
 
     def _hear(self, slot: str, words: dict) -> None:
         with self._change:
@@ -201,11 +232,13 @@ def _worker(
     processes: Sequence[Command] | Sequence[Seat],
     told: Told,
     certificates: Callable[[], dict[str, str] | None],
+    logs: RankLogs,
 ) -> Worker:
     """A lane whose processes are started here, or come."""
 
     def start(put: Put) -> Sequence[Process]:
-        return [Started(slot, rank, each, put) for rank, each in enumerate(processes) if isinstance(each, Command)]
+        commands = [each for each in processes if isinstance(each, Command)]
+        return [Started(slot, rank, each, put, logs.of(slot, rank)) for rank, each in enumerate(commands)]
 
     def seat(put: Put) -> Sequence[Process]:
         seats = [each for each in processes if isinstance(each, Seat)]
@@ -214,14 +247,19 @@ def _worker(
         return seats
 
     ours = isinstance(processes[0], Command)
-    return Worker(slot, start if ours else seat, ours, told, certificates if ours else lambda: None)
+    return Worker(slot, start if ours else seat, ours, told, certificates if ours else lambda: None, logs)
 
 
 def refused(worker: Worker) -> SeracError:
     """Why a lane cannot be started, with the exit code of its kind; the last lines of its processes are logged."""
-    for process in worker.processes:
-        for line in process.last:
-            logger.error("lane %s rank %d on %s: %s", worker.slot, process.rank, process.host, line)
+    show_last(worker)
     problem = worker.problem or "its process ended; its last lines above say why"
     kind = {Unavailable.exit_code: Unavailable, Misfit.exit_code: Misfit}.get(worker.code, ConfigError)
     return kind(f"lane {worker.slot}: {problem}")
+
+
+def show_last(worker: Worker) -> None:
+    """Log the last lines of its processes, of the one that ended first before those that ended for it."""
+    for process in sorted(worker.processes, key=lambda process: process.rank != worker.first):
+        for line in process.last:
+            logger.error("lane %s rank %d on %s: %s", worker.slot, process.rank, process.host, line)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from engine.cluster import group, supervisor
-from engine.cluster.process import Command
+from engine.cluster.process import Command, Started
 from engine.cluster.supervisor import Supervisor
 from engine.errors import ConfigError, Misfit, Unavailable
 
@@ -208,3 +208,38 @@ def test_what_a_process_said_before_it_left_is_why_its_lane_was_lost(start, monk
         start(
             READY.partition('say(event="stage"')[0] + "\nsay(event='lost', reason='rank 1 has ended'); os._exit(75)"
         )
+
+
+def test_the_last_lines_of_a_lane_that_is_lost_later_are_shown_once_and_those_of_who_ended_first_before(
+    start, told, caplog
+):
+    dying = LIVES.replace(
+        'if "exit" in words:', 'if "exit" in words: print("my end", file=sys.stderr, flush=True);'
+    )
+    made, _ = start(
+        [LIVES.replace("import json", "import sys; print('calm', file=sys.stderr)\nimport json"), dying]
+    )
+    made.workers["w0"].processes[1].say({"exit": 3})
+    assert told.next("exit")[1]["code"] == 3
+    told.next("ready")
+    assert caplog.messages[-2:] == ["lane w0 rank 1 on h1: my end", "lane w0 rank 0 on h0: calm"]
+
+
+@pytest.mark.parametrize("code, before, told_as", [(255, "", 69), (255, READY, 255), (3, "", 3)])
+def test_a_host_that_ssh_does_not_reach_is_missing_and_one_that_killed_its_process_is_not(code, before, told_as):
+    heard = queue.Queue()
+    words = [sys.executable, "-c", before.partition("start = ")[0] + f"\nraise SystemExit({code})"]
+    process = Started("w0", 0, Command(words, os.environ, "h0", away=True), heard.put, lambda line: None)
+    process.end(time.monotonic() + WAIT_S)
+    assert process.code == told_as and ("h0 is not reached" in process.problem) == (told_as == 69)
+
+
+def test_a_process_that_is_away_is_asked_over_its_input_and_its_own_code_is_heard():
+    heard = queue.Queue()
+    script = READY + "print(json.dumps(json.loads(sys.stdin.readline())), flush=True)\nsys.exit(5)"
+    words = [sys.executable, "-c", script]
+    process = Started("w0", 0, Command(words, os.environ, "h0", away=True), heard.put, lambda line: None)
+    process.say({"start": {"orders": "there"}})
+    process.leave(75)
+    process.end(time.monotonic() + WAIT_S)
+    assert process.code == 5 and (0, {"leave": 75}) in [heard.get() for _ in range(heard.qsize())]
