@@ -1,0 +1,192 @@
+"""`serac launch` over hosts: a cluster in mutual TLS that serves, what befalls it, and what it refuses to start.
+
+Streams run throughout and are held, token for token, against one lane on one device. `-s` prints the times.
+Costs minutes: a start takes half a minute on two free cores, and so does each return of a lane.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from engine import embedded
+from tests.faults.served import Asked, alone
+from tests.hosts import namespaces, sshd
+from tests.hosts.launched import Launched
+
+pytestmark = pytest.mark.slow
+PROMPTS = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 3]
+KINDS = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
+ASKED = [(prompt, kind | {"max_tokens": 90, "ignore_eos": True}) for prompt in PROMPTS for kind in KINDS]
+NOTICE_S, BACK_S = 12.0, 400.0  # where other programs compute too
+GONE_S = 40.0
+CUT = [("p0", 0), ("p0", 1), ("d0", 0)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def possible():
+    """Skips where there can be no hosts."""
+    if reason := namespaces.why_not() or sshd.why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    with Launched(tmp_path_factory.mktemp("launch")) as made:
+        print(f"\nready after {made.start():.1f} s")
+        yield made
+        assert made.stop() == 0
+        made.wait(lambda: not made.left(), GONE_S)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return alone(1, ASKED)
+
+
+def suffer(made, wanted, what, lane, act, heal_s=0.0, heal=None):
+    """`act()` while streams run, `heal()` so much later: they go on, and the lane comes back."""
+    answers = [Asked(made, prompt, **options) for prompt, options in ASKED]
+    made.wait(lambda: any(len(answer.tokens) > 5 for answer in answers), 60.0)
+    name, began = made.lane(lane).name, time.monotonic()
+    act()
+    timer = threading.Timer(heal_s, heal or made.hosts.heal)
+    timer.start()
+    noticed = made.wait(lambda: made.lane(lane).name != name, NOTICE_S)
+    assert [answer.result(BACK_S) for answer in answers] == wanted
+    after = [at for answer in answers for at in answer.times if at > noticed]
+    freed = made.wait(made.restored, 5.0)
+    back = made.wait(lambda: made.client.load()["lanes"] == 2 and made.lane(lane).state == "ready", BACK_S)
+    timer.join()
+    times = {"noticed": noticed, "resumed": min(after, default=began), "freed": freed, "back": back}
+    print(f"\n{what}: " + ", ".join(f"{each} {at - began:.2f} s" for each, at in times.items()))
+
+
+def test_the_cluster_answers_as_one_device_does(made, wanted):
+    assert [Asked(made, prompt, **options).result() for prompt, options in ASKED] == wanted
+    made.wait(made.restored, 5.0)
+    assert {host: len(found) for host, found in made.left().items()} == {"h1": 1, "h2": 1, "h3": 1}
+    said = made.log.read_text()
+    assert "PRIVATE KEY" not in said
+
+
+@pytest.mark.parametrize("lane, rank", CUT, ids=["leader", "follower", "decode"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_streams_outlive_any_process(made, wanted, lane, rank, how):
+    """Costs a start of the lane each."""
+    held = made.workers(made.host(lane, rank))
+
+    def heal():
+        for pid in held:
+            if os.path.exists(f"/proc/{pid}"):
+                os.kill(pid, signal.SIGCONT)
+
+    suffer(made, wanted, f"{lane}/{rank} {how.name}", lane, lambda: made.kill(lane, rank, how), 20.0, heal)
+    made.wait(lambda: sum(map(len, made.left().values())) == 3, GONE_S)
+
+
+@pytest.mark.parametrize("seconds", [10.0, 45.0])
+@pytest.mark.parametrize("lane, rank", CUT[1:], ids=["follower", "decode"])
+def test_streams_outlive_a_host_without_its_cable(made, wanted, lane, rank, seconds):
+    """Costs the time it is out, and a start of the lane."""
+    suffer(made, wanted, f"{lane}/{rank} down {seconds:.0f} s", lane, made.host(lane, rank).down, seconds)
+
+
+def test_a_cable_that_is_out_for_a_moment_costs_a_lane_at_most(made, wanted):
+    """Costs a start of the lane at most."""
+    answers = [Asked(made, prompt, **options) for prompt, options in ASKED]
+    made.wait(lambda: any(answer.tokens for answer in answers), 60.0)
+    made.hosts[3].down()
+    time.sleep(1.0)
+    made.hosts.heal()
+    assert [answer.result(BACK_S) for answer in answers] == wanted
+    made.wait(lambda: made.client.load()["lanes"] == 2 and made.restored(), BACK_S)
+
+
+@pytest.mark.parametrize("lane, one, other", [("p0", 1, 2), ("p0", 2, 1), ("p0", 2, 0), ("d0", 0, 3), ("d0", 3, 0)])
+def test_streams_outlive_a_way_that_swallows_what_it_is_given(made, wanted, lane, one, other):
+    """Costs a start of the lane each."""
+    act = lambda: made.hosts[one].blackhole(made.hosts[other])  # noqa: E731
+    suffer(made, wanted, f"blackhole h{one} to h{other}", lane, act, 12.0)
+
+
+def test_streams_outlive_an_ssh_client(made, wanted):
+    """Costs a start of the lane."""
+    act = lambda: [os.kill(pid, signal.SIGKILL) for pid in made.ssh_of("d0")]  # noqa: E731
+    suffer(made, wanted, "ssh of d0 killed", "d0", act)
+
+
+def test_nothing_is_left_of_a_launcher_that_is_killed(made):
+    """Before the last: the cluster is started again."""
+    assert len(made.left()) == 3
+    began = time.monotonic()
+    made.close()
+    gone = made.wait(lambda: not made.left(), GONE_S)
+    print(f"\nlauncher killed: nothing left after {gone - began:.2f} s")
+    made.start()
+
+
+def refused(made, seconds):
+    """The exit code of a launch that cannot be, what it said, and after how long."""
+    began = time.monotonic()
+    launcher = made.begin()
+    code = launcher.wait(seconds)
+    made.close()
+    made.wait(lambda: not made.left(), GONE_S)
+    return code, made.log.read_text(), time.monotonic() - began
+
+
+def test_a_host_that_is_missing_from_the_start_is_named(tmp_path):
+    """Costs 10 s."""
+    with Launched(tmp_path) as made:
+        made.hosts[3].down()
+        code, said, took = refused(made, 30.0)
+    assert code == 69 and "host h3: no " in said and took < 15.0
+
+
+def test_a_host_with_another_version_is_named(tmp_path):
+    """Costs 5 s."""
+    folder = tmp_path / "other" / "jax-9.9.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 9.9\n")
+    script = other(tmp_path, f'exec env PYTHONPATH={folder.parent}:{sshd.ROOT} {sys.executable} "$@"')
+    with Launched(tmp_path, pythons={3: script}) as made:
+        code, said, _ = refused(made, 30.0)
+    assert (
+        code == 78 and f"host h3: versions differ: jax 9.9 there, {importlib.metadata.version('jax')} here" in said
+    )
+
+
+def test_a_rank_with_another_mesh_is_named(tmp_path):
+    """Costs 5 s."""
+    text = 'for a; do shift; set -- "$@" "$(echo "$a" | sed s/seqs=1/seqs=2/)"; done\n'
+    script = other(tmp_path, text + f'exec env PYTHONPATH={sshd.ROOT} {sys.executable} "$@"')
+    with Launched(tmp_path, pythons={2: script}, max_num_seqs=1) as made:
+        code, said, _ = refused(made, 60.0)
+    assert code == 78 and "rank 1 on h2: max_num_seqs is 2, and at rank 0 it is 1" in said
+
+
+def test_a_rank_with_other_weights_is_named(tmp_path):
+    """Costs a start."""
+    for name in ("model", "changed"):
+        shutil.copytree(embedded.folder(), tmp_path / name)
+    config = tmp_path / "changed" / "config.json"
+    config.write_text(config.read_text().rstrip() + "\n\n")
+    with Launched(tmp_path, model=str(tmp_path / "model")) as made:
+        done = made.hosts[2].run(["mount", "--bind", tmp_path / "changed", tmp_path / "model"])
+        assert done.returncode == 0, done.stderr
+        code, said, _ = refused(made, BACK_S)
+    assert code and "rank 1" in said
+
+
+def other(folder, text):
+    """An interpreter that is not as on the other hosts."""
+    script = folder / "other-python"
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o755)
+    return script
