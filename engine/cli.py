@@ -301,6 +301,9 @@ def add_launch(parser: Parser) -> None:
     parser.add_argument(
         "--listen", metavar="HOST:PORT", help="where lanes reach the front; default: as in the file"
     )
+    parser.add_argument(
+        "--log-dir", metavar="DIR", type=Path, help="logs of all processes; default: as in the file"
+    )
     parser.add_argument("--python", default="python3", metavar="PATH", help="slurm: the interpreter on all nodes")
     parser.add_argument("--image", default="serac:latest", metavar="NAME", help="kubernetes: (default %(default)s)")
     parser.add_argument("--namespace", default="default", metavar="NAME", help="kubernetes: (default %(default)s)")

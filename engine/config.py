@@ -177,6 +177,9 @@ class Settings:
     max_calls: int = row(4096, COUNT, "most calls open at once")
     max_wait: float = row(30.0, TIME, "a request that would wait longer for its first token is refused")
     stall: float = row(30.0, TIME, "a client that reads nothing for so long loses its stream")
+    log_dir: Path | None = row(
+        None, PATH, "folder, mode 0700, of a log for each process of a lane, with --workers; default: none"
+    )
     log_level: str = row("info", one_of("info", "warning", "error"), "what is logged: info has a line a request")
     drain: float = row(30.0, TIME, "how long open requests may go on after SIGTERM")
 

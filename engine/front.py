@@ -21,6 +21,7 @@ from engine.clock import SystemClock
 from engine.cluster import local
 from engine.cluster.commands import LANE, SECRET_FILE
 from engine.cluster.process import Command, Seat
+from engine.cluster.rank_logs import RankLogs
 from engine.cluster.reading import of_lanes
 from engine.cluster.supervisor import Supervisor
 from engine.cluster.topology import Host, Topology
@@ -52,6 +53,7 @@ NOT_FOR_WORKERS = (
     "admin_port",
     "metrics_port",
     "download",
+    "log_dir",
 )
 SECRET = "SERAC_CLUSTER_SECRET"
 LISTEN = "127.0.0.1:0"
@@ -84,7 +86,8 @@ class Front:
         slots = [(lane, rank) for lane in topology.lanes for rank in range(len(lane.hosts))]
         seats = {(lane.name, rank): Seat(rank, lane.hosts[rank]) for lane, rank in slots} if not commands else {}
         self._reception = Reception(seats, self._links.post)
-        self._supervisor = Supervisor(grouped(commands or seats), self._told, self._certificates)
+        logs = RankLogs(settings.log_dir)
+        self._supervisor = Supervisor(grouped(commands or seats), self._told, self._certificates, logs)
 
     def start(self, progress: Progress) -> Replica:
         """Start the processes, or wait for those that others start, until every lane has joined."""

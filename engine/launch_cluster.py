@@ -46,6 +46,8 @@ def run(options: argparse.Namespace, version: str, out: TextIO) -> int:
         if not options.dry_run:
             os.execvpe(made.arguments[0], list(made.arguments), dict(made.environment))
         return show({(options.lane, -1): made}, topology, "here", out)
+    if options.log_dir is not None:
+        topology = replace(topology, serve={**topology.serve, "log_dir": options.log_dir})
     if options.listen:
         topology = listening(topology, options.listen)
     if options.front_only:

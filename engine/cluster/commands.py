@@ -21,7 +21,7 @@ from engine.errors import ConfigError
 LANE = "lane"  # the folder of a worker's certificates among those of serac certs init
 OF_FRONT = (  # settings of serve that no lane reads
     *("model", "download", "tls_cert", "tls_key", "tls_client_ca", "worker_api", "token_file"),
-    *("insecure_allow_remote", "max_message_size", "max_calls", "max_wait", "stall", "drain"),
+    *("insecure_allow_remote", "max_message_size", "max_calls", "max_wait", "stall", "drain", "log_dir"),
 )
 SECRET_FILE = "SERAC_CLUSTER_SECRET_FILE"
 PASSED = re.compile(r"NCCL_\w+|HF_HOME|HF_HUB_OFFLINE|LANG|LC_ALL|TZ")  # from whoever starts, to every host

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from engine import cli, launch_cluster
+from engine.errors import ConfigError
 
 FILE = """\
 [[host]]
@@ -175,3 +176,17 @@ def test_a_mistake_in_the_file_is_named_with_its_place(tmp_path, capsys):
     (tmp_path / "x.toml").write_text(FILE.replace("hosts", "host"))
     assert cli.main(["launch", str(tmp_path / "x.toml"), "--dry-run"]) == 2
     assert "x.toml:9:3: hosts: got none; expected it in each [[lane]]" in capsys.readouterr().err
+
+
+def test_logs_of_all_processes_are_kept_where_the_flag_says_and_no_process_hears_of_it(tmp_path, monkeypatch):
+    (tmp_path / "cluster.toml").write_text(HERE)
+    heard, words = [], []
+
+    def front(settings, topology, commands):
+        words.extend(word for command in commands.values() for word in command.arguments)
+        heard.append(settings.log_dir)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(launch_cluster.front, "Front", front)
+    assert cli.main(["launch", str(tmp_path / "cluster.toml"), "--over=local", f"--log-dir={tmp_path}/logs"]) == 2
+    assert heard == [tmp_path / "logs"] and words and not [word for word in words if word.startswith("--log-d")]

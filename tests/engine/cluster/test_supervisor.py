@@ -10,6 +10,7 @@ import pytest
 
 from engine.cluster import group, supervisor
 from engine.cluster.process import Command, Started
+from engine.cluster.rank_logs import RankLogs
 from engine.cluster.supervisor import Supervisor
 from engine.errors import ConfigError, Misfit, Unavailable
 
@@ -222,7 +223,8 @@ def test_the_last_lines_of_a_lane_that_is_lost_later_are_shown_once_and_those_of
     made.workers["w0"].processes[1].say({"exit": 3})
     assert told.next("exit")[1]["code"] == 3
     told.next("ready")
-    assert caplog.messages[-2:] == ["lane w0 rank 1 on h1: my end", "lane w0 rank 0 on h0: calm"]
+    shown = [line for line in caplog.messages if line.startswith("lane w0 rank")]
+    assert shown == ["lane w0 rank 1 on h1: my end", "lane w0 rank 0 on h0: calm"]
 
 
 @pytest.mark.parametrize("code, before, told_as", [(255, "", 69), (255, READY, 255), (3, "", 3)])
@@ -243,3 +245,16 @@ def test_a_process_that_is_away_is_asked_over_its_input_and_its_own_code_is_hear
     process.leave(75)
     process.end(time.monotonic() + WAIT_S)
     assert process.code == 5 and (0, {"leave": 75}) in [heard.get() for _ in range(heard.qsize())]
+
+
+def test_what_each_process_says_is_in_a_file_of_its_own(told, tmp_path):
+    script = "import sys; print('careful', file=sys.stderr, flush=True)\n" + LIVES
+    commands = [Command([sys.executable, "-c", each], os.environ, "h0") for each in (script, LIVES)]
+    made = Supervisor({"w0": commands}, told, logs=RankLogs(tmp_path))
+    made.start(lambda *_: None)
+    made.stop()
+    first, second = (
+        [json.loads(line) for line in (tmp_path / f"w0-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)
+    )
+    assert {"said": "careful"}.items() <= next(each for each in first if "said" in each).items()
+    assert [each["event"] for each in second] == ["hello", "ready"]
