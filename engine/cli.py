@@ -1,6 +1,7 @@
 """The command `serac`: one function a verb, each calling into a module that is imported only then.
 
-    serac serve | generate | chat | top | plan | doctor | convert | replay | certs | bench | demo | version
+    serac serve | launch | generate | chat | top | status | restart | drain | plan | doctor | convert | replay
+          certs | bench | demo | version
 
 A mistake is answered in one line, `serac: error: FIELD: got X; expected Y`, with the exit code of its error. The
 command line is the one place that sets XLA_FLAGS and JAX_PLATFORMS: it starts itself anew with them, and says so.
@@ -20,7 +21,17 @@ from engine import config, environment
 from engine.config import suggestion
 from engine.core.roles import ROLES
 from engine.errors import ConfigError, SeracError
-from engine.options import Parser, add_client, add_settings, read_client, read_settings
+from engine.options import (
+    Parser,
+    add_client,
+    add_drain,
+    add_restart,
+    add_settings,
+    add_status,
+    add_top,
+    read_client,
+    read_settings,
+)
 
 DISTRIBUTION = "serac"
 VERSIONS = ("serac", "jax", "jaxlib", "flax", "orbax-checkpoint", "grpcio", "protobuf", "numpy")
@@ -143,16 +154,6 @@ def chat(options: argparse.Namespace) -> int:
         return talk.chat(client, options.system, read_client(options), sys.stdin, sys.stdout)
 
 
-def add_top(parser: Parser) -> None:
-    """Where the admin listener is."""
-    parser.add_argument(
-        "--server", default="127.0.0.1:50052", metavar="HOST:PORT", help="its admin address (default %(default)s)"
-    )
-    parser.add_argument("--token-file", type=Path, metavar="PATH", help="file that holds the bearer token")
-    parser.add_argument("--tls-ca", type=Path, metavar="PATH", help="PEM root certificates; turns TLS on")
-    parser.add_argument("--once", action="store_true", help="one moment instead of one each second")
-
-
 def top(options: argparse.Namespace) -> int:
     """Watch what a running server does: a screen on a terminal, else a JSON line each second."""
     from engine import top
@@ -160,6 +161,30 @@ def top(options: argparse.Namespace) -> int:
 
     with top.connect(options.server, options.token_file, options.tls_ca) as client:
         return top.run(client, SystemClock(), sys.stdout, options.once)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Say what runs where: hosts, lanes, their processes; 0 where every lane is ready, else 1."""
+    from engine import status, top
+
+    with top.connect(options.server, options.token_file, options.tls_ca) as client:
+        return status.run(client, options.json, sys.stdout)
+
+
+def restart(options: argparse.Namespace) -> int:
+    """Restart lanes one after another without dropping a stream: 0 when all are back."""
+    from engine import restart, top
+
+    with top.connect(options.server, options.token_file, options.tls_ca) as client:
+        return restart.run(client, options.lanes, config.TIME.given("--drain", options.drain), sys.stdout)
+
+
+def drain(options: argparse.Namespace) -> int:
+    """End a server once its open streams have ended: 0 when none was cut off, else 1."""
+    from engine import restart, top
+
+    with top.connect(options.server, options.token_file, options.tls_ca) as client:
+        return restart.drain(client, config.TIME.given("--timeout", options.timeout), sys.stdout)
 
 
 def fetch(model: str) -> None:
@@ -359,6 +384,9 @@ VERBS = (
     Verb("generate", "ask a running server to go on with a text", add_generate, generate),
     Verb("chat", "talk with a running server", add_chat, chat),
     Verb("top", "watch what a running server does, lane by lane", add_top, top),
+    Verb("status", "say what runs where, process by process", add_status, status),
+    Verb("restart", "restart lanes one after another, without dropping a stream", add_restart, restart),
+    Verb("drain", "end a server once its open streams have ended", add_drain, drain),
     Verb("plan", "say what a model takes on a mesh, without a device", add_plan, plan),
     Verb("doctor", "check hosts before weights are loaded", add_doctor, doctor),
     Verb("convert", "write a model as an Orbax artifact with digests", add_convert, convert),

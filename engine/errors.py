@@ -118,6 +118,12 @@ class Misfit(SeracError):
     grpc, http, exit_code = "FAILED_PRECONDITION", 409, 78
 
 
+class NotReady(SeracError):
+    """Something is not in the state that this needs, and would come to harm; look at it first."""
+
+    grpc, http, exit_code = "FAILED_PRECONDITION", 409, 69
+
+
 class ConfigError(SeracError):
     """A flag, an environment variable or a settings file is wrong."""
 

@@ -37,10 +37,11 @@ from engine.movers.links import Links
 from engine.movers.tls import Tls
 from engine.observe.metrics import Metrics
 from engine.reception import Reception
-from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad
+from engine.replica.loads import GIVEN_UP, STARTING, LaneLoad, Standing
 from engine.replica.pairing import Pairing
 from engine.replica.remote import Remote
 from engine.replica.replica import ModelInfo, Replica
+from engine.rolling import Rolling, standing
 from engine.text.text import Text
 
 NOT_FOR_WORKERS = (
@@ -103,7 +104,8 @@ class Front:
             raise
         made.on_stop += [self._folder.cleanup, self._supervisor.stop]  # the last is the first
         self._remote = made.serve_remote(self._links)
-        made.absent = self._absent
+        made.absent, made.standing = self._absent, self._standing
+        made.restart = Rolling(lanes, self._supervisor.workers, made).restart
         if shared(self._topology):
             made.pairing = Pairing(self._secret, bytes.fromhex(facts[lanes[0].name]["root"]), self._tls)
         made.on_reload.append(self.reload)
@@ -174,8 +176,12 @@ class Front:
         there = {name.split(".")[0] for name in present}
         workers = self._supervisor.workers
         states = {slot: GIVEN_UP if worker.given_up else STARTING for slot, worker in workers.items()}
-        missing = [lane for lane in self._topology.lanes if lane.name not in there]
-        return [LaneLoad(lane.name, lane.role, states[lane.name]) for lane in missing]
+        missing = [(lane.name, lane.role) for lane in self._topology.lanes if lane.name not in there]
+        return [LaneLoad(name, role, states[name], {}, self._standing(name)) for name, role in missing]
+
+    def _standing(self, slot: str) -> Standing:
+        """A lane's processes, with the hosts as the operator calls them."""
+        return standing(self._supervisor.workers[slot], self._topology.lane(slot).hosts)
 
 
 def secret_of(topology: Topology, ours: bool) -> bytes:

@@ -102,6 +102,41 @@ def add_client(parser: Parser) -> None:
     )
 
 
+def add_admin(parser: Parser) -> None:
+    """Where the admin listener is, and what opens it."""
+    parser.add_argument(
+        "--server", default="127.0.0.1:50052", metavar="HOST:PORT", help="its admin address (default %(default)s)"
+    )
+    parser.add_argument("--token-file", type=Path, metavar="PATH", help="file that holds the bearer token")
+    parser.add_argument("--tls-ca", type=Path, metavar="PATH", help="PEM root certificates; turns TLS on")
+
+
+def add_top(parser: Parser) -> None:
+    """Where the admin listener is, and how long to watch."""
+    add_admin(parser)
+    parser.add_argument("--once", action="store_true", help="one moment instead of one each second")
+
+
+def add_status(parser: Parser) -> None:
+    """Where the admin listener is, and for whom the answer is."""
+    add_admin(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def add_restart(parser: Parser) -> None:
+    """Which lanes, how long each may drain, and where the admin listener is."""
+    parser.add_argument("lanes", nargs="*", metavar="LANE", help="such as d1 (default: all)")
+    parser.add_argument("--drain", metavar="TIME", help="how long a lane may take to end what it serves; the rest "
+                        "goes on elsewhere (default: the drain time of the server)")  # fmt: skip
+    add_admin(parser)
+
+
+def add_drain(parser: Parser) -> None:
+    """How long, and where the admin listener is."""
+    parser.add_argument("--timeout", metavar="TIME", help="for open streams (default: the server's drain time)")
+    add_admin(parser)
+
+
 def _number(kind: type) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:

@@ -122,7 +122,7 @@ def screen(moment: Moment, before: Moment | None) -> list[str]:
     again = _count(load, "handoffs_asked_again")
     passing = [f"{_count(load, f'handoffs_{state}')} {state}" for state in PASSING]
     return [
-        f"{moment.title}  {moment.state}, up {_duration(moment.uptime_s)}",
+        f"{moment.title}  {moment.state}, up {duration(moment.uptime_s)}",
         "",
         f"requests   {_count(load, 'open_requests')} open, {_count(load, 'running')} sequences run, "
         f"{_count(load, 'waiting')} wait",
@@ -170,7 +170,8 @@ def _rate(value: float | None) -> str:
     return "- a second" if value is None else f"{value:,.0f} a second"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In two units."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -67,14 +67,14 @@ QUICK = {
     f"engine.{part}"
     for part in (
         *("cli", "options", "banner", "demo", "environment", "progress", "tables", "talk", "top"),
-        *("hello", "starter", "certificates", "reception"),
+        *("hello", "starter", "certificates", "reception", "status", "restart"),
     )
 }
 TOP = {
     f"engine.{part}"
     for part in (
         *("launch", "front", "worker", "plan_lanes", "plan_report", "replay_report", "llm", "launch_cluster"),
-        *("doctor_report", "allreduce"),
+        *("doctor_report", "allreduce", "rolling"),
     )
 }
 ANYTHING = QUICK | TOP | {"bench"}

@@ -67,6 +67,10 @@ class Group:
         """Whether anybody has come."""
         return bool(self._hellos)
 
+    def state(self, rank: int) -> str:
+        """Of one process, in a word: "awaited", "starting" or "ready"."""
+        return "ready" if rank in self._ready else "starting" if rank in self._hellos else "awaited"
+
     @property
     def _started(self) -> bool:
         return len(self._hellos) == len(self._hosts)

@@ -2,7 +2,8 @@
 
     Load of each lane --gauges--> {name: number} --totals--> the same names, summed
 
-A lane whose process is being started, or was given up, has a state and no gauges.
+A lane whose process is being started, or was given up, has a state and no gauges; one that drains takes nothing
+new, and is started again soon.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from engine.core.handoff import State
 from engine.core.messages import Load
 from engine.core.roles import Role
 
-READY, STARTING, GIVEN_UP = "ready", "starting", "given up"
+READY, STARTING, DRAINING, GIVEN_UP = "ready", "starting", "draining", "given up"
 FIELDS = {  # of a lane's report, by the name of their gauge
     "rows": "rows",
     "running": "running",
@@ -35,6 +36,30 @@ FIELDS = {  # of a lane's report, by the name of their gauge
 HANDOFFS = {f"handoffs_{state.value}": state.value for state in State}
 
 
+class ProcessNow(NamedTuple):
+    """One process of a lane. state: "awaited", "starting" with its stage and how far that is, or "ready"."""
+
+    rank: int
+    host: str
+    state: str
+    stage: str = ""
+    done: int = 0
+    of: int = 0
+
+
+class Standing(NamedTuple):
+    """What whoever keeps a lane's processes knows of them; empty where the lane is in this process.
+
+    since_s  for how long its present life has lasted
+    problem  why the last one ended, if it did by itself
+    """
+
+    processes: tuple[ProcessNow, ...] = ()
+    restarts: int = 0
+    since_s: float = 0.0
+    problem: str = ""
+
+
 class LaneLoad(NamedTuple):
     """One lane. gauges: empty before its first report."""
 
@@ -42,6 +67,7 @@ class LaneLoad(NamedTuple):
     role: Role
     state: str = READY
     gauges: Mapping[str, float] = {}
+    standing: Standing = Standing()
 
 
 def gauges(load: Load) -> dict[str, float]:

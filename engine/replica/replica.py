@@ -27,16 +27,17 @@ from engine.core.messages import FRONT, ToFront
 from engine.core.request import MAX_SEED, Limits, Request, check_request
 from engine.core.roles import Role
 from engine.core.router import Router
-from engine.errors import AlreadyExists, NotFound, ResourceExhausted, SeracError, Unavailable, wrong
+from engine.errors import AlreadyExists, NotFound, NotReady, ResourceExhausted, SeracError, Unavailable, wrong
 from engine.movers.links import Links
 from engine.observe.logs import RequestLine, log_request
 from engine.observe.metrics import Metrics
 from engine.replica.delta import Finish
 from engine.replica.lane import Lane, Said
-from engine.replica.loads import READY, LaneLoad, block_states, gauges, totals
+from engine.replica.loads import DRAINING, READY, LaneLoad, Standing, block_states, gauges, totals
 from engine.replica.output import Desk, Output, open_output
 from engine.replica.pairing import Pairing
 from engine.replica.remote import Remote
+from engine.replica.restarts import Restart, nothing_to_restart
 from engine.text.text import Text
 
 HELD_TOKENS = 256
@@ -107,6 +108,8 @@ class Replica:
         self.generated_tokens = 0
         # Lanes that are not there, given the names of those that are: whoever starts them knows.
         self.absent: Callable[[list[str]], list[LaneLoad]] = lambda present: []
+        self.standing: Callable[[str], Standing] = lambda slot: Standing()
+        self.restart: Restart = nothing_to_restart
 
     # -- building and stopping ------------------------------------------------------------------------------------
 
@@ -179,7 +182,19 @@ class Replica:
     def ready(self) -> bool:
         if self._draining or not all(thread.is_alive() for thread in self._threads):
             return False
-        return bool(self._threads) if self.remote is None else bool(self.router.lanes)
+        return bool(self._threads) if self.remote is None else self.router.ready
+
+    def retire(self, name: str) -> None:
+        """Place nothing new on a lane, and wait for its next life until `returned`. Raises NotReady."""
+        with self._lock:
+            if name not in self.router.lanes:
+                raise NotReady(f"lane {name.split('.')[0]}: it is not there any more")
+            self.router.retire(name)
+
+    def returned(self, name: str) -> None:
+        """A lane that was retired is there again, or is not waited for any more."""
+        with self._lock:
+            self.router.returned(name)
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -390,7 +405,9 @@ class Replica:
         loads = []
         for lane in known:
             report = reports.get(lane.name, lane.load)
-            loads.append(LaneLoad(lane.name, lane.role, READY, {} if report is None else gauges(report)))
+            state, standing = DRAINING if lane.retired else READY, self.standing(lane.name.split(".")[0])
+            now = {} if report is None else gauges(report)
+            loads.append(LaneLoad(lane.name, lane.role, state, now, standing))
         return loads + self.absent([lane.name for lane in known])
 
     def load(self) -> dict[str, float]:

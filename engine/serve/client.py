@@ -145,6 +145,19 @@ class Client:
         """End the server without dropping a stream; returns how many were cut off when the time was up."""
         return self._call("Drain", control_pb2.DrainRequest(timeout_s=timeout_s)).unfinished
 
+    def restart(
+        self, lanes: Sequence[str] = (), drain_s: float | None = None
+    ) -> Iterator[control_pb2.RestartResponse]:
+        """Restart lanes one after another, all by default, and say each step; the end is that all are back."""
+        message = control_pb2.RestartRequest(lanes=lanes, drain_s=drain_s)
+        call = self._wires.rpc("Restart")(message, metadata=self._wires.metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_call(error) from None
+        finally:
+            call.cancel()
+
 
 class AsyncClient:
     """The calls of Client, awaited; create it on the event loop that uses it."""
@@ -226,3 +239,17 @@ class AsyncClient:
     async def drain(self, timeout_s: float | None = None) -> int:
         """End the server without dropping a stream; returns how many were cut off when the time was up."""
         return (await self._call("Drain", control_pb2.DrainRequest(timeout_s=timeout_s))).unfinished
+
+    async def restart(
+        self, lanes: Sequence[str] = (), drain_s: float | None = None
+    ) -> AsyncIterator[control_pb2.RestartResponse]:
+        """Restart lanes one after another, all by default, and say each step; the end is that all are back."""
+        message = control_pb2.RestartRequest(lanes=lanes, drain_s=drain_s)
+        call = self._wires.rpc("Restart")(message, metadata=self._wires.metadata)
+        try:
+            async for step in call:
+                yield step
+        except grpc.RpcError as error:
+            raise from_call(error) from None
+        finally:
+            call.cancel()

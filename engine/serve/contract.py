@@ -6,7 +6,8 @@ A stream yields lists of deltas, everything that waits at each wake, and ends af
                 \\______________ close(): whatever still runs is aborted ______/
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from threading import Event
 from typing import Protocol
 
 from engine.core.request import Request
@@ -91,8 +92,38 @@ class Streams(Protocol):
     async def open(self, request: Request, paired: str = "") -> Stream: ...
 
 
+class ProcessNow(Protocol):
+    """One process of a lane: "awaited", "starting" with its stage, or "ready"."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def of(self) -> int: ...
+
+
+class Standing(Protocol):
+    """What is known of a lane's processes; none where it is in this one."""
+
+    @property
+    def processes(self) -> Sequence[ProcessNow]: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def since_s(self) -> float: ...
+    @property
+    def problem(self) -> str: ...
+
+
 class LaneLoad(Protocol):
-    """One lane: its name and role, `state` "ready", "starting" or "given up", and its gauges."""
+    """One lane: its name and role, `state` "ready", "starting", "draining" or "given up", its gauges, processes."""
 
     @property
     def name(self) -> str: ...
@@ -102,10 +133,15 @@ class LaneLoad(Protocol):
     def state(self) -> str: ...
     @property
     def gauges(self) -> Mapping[str, float]: ...
+    @property
+    def standing(self) -> Standing: ...
 
 
 class Replica(Protocol):
-    """One engine as its doors see it. `drain` blocks until nothing runs or the time is up."""
+    """One engine as its doors see it. `drain` blocks until nothing runs or the time is up.
+
+    restart(lanes, drain_s, tell(lane, state, message), leave) blocks until all are back, or the one after `leave`.
+    """
 
     @property
     def info(self) -> ModelInfo: ...
@@ -117,3 +153,5 @@ class Replica(Protocol):
     def load(self) -> Mapping[str, float]: ...
     def lane_loads(self) -> Sequence[LaneLoad]: ...
     def drain(self, timeout_s: float) -> object: ...
+    @property
+    def restart(self) -> Callable[[Sequence[str], float, Callable[[str, str, str], None], Event], None]: ...

@@ -92,7 +92,7 @@ class Server:
         self.drained = asyncio.Event()
         self._health = health.aio.HealthServicer()
         inference = InferenceService(replica, streams, self.gate, clock, stall_s=listen.stall_s)
-        control = ControlService(replica, self.gate, clock, self.drain, version, facts or {})
+        control = ControlService(replica, self.gate, clock, self.drain, version, facts or {}, listen.drain_s)
         access = listen.access
         guards = [TokenGuard(read_tokens(access.token_file))] if access.token_file else []
         public = [(INFERENCE, inference), *(door(inference, self.gate) for door in doors)]

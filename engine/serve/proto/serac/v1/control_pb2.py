@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16serac/v1/control.proto\x12\x08serac.v1\"\x16\n\x14GetServerInfoRequest\"\x91\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\x04\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08uptime_s\x18\x08 \x01(\x01\x12\x39\n\x05\x66\x61\x63ts\x18\t \x03(\x0b\x32*.serac.v1.GetServerInfoResponse.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x10\n\x0eGetLoadRequest\"\xb1\x01\n\x0fGetLoadResponse\x12\x15\n\ropen_requests\x18\x01 \x01(\x04\x12\x35\n\x06gauges\x18\x02 \x03(\x0b\x32%.serac.v1.GetLoadResponse.GaugesEntry\x12!\n\x05lanes\x18\x03 \x03(\x0b\x32\x12.serac.v1.LaneLoad\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x94\x01\n\x08LaneLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12.\n\x06gauges\x18\x04 \x03(\x0b\x32\x1e.serac.v1.LaneLoad.GaugesEntry\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"4\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x12\n\nunfinished\x18\x02 \x01(\x04\x32\xdc\x01\n\x0e\x43ontrolService\x12P\n\rGetServerInfo\x12\x1e.serac.v1.GetServerInfoRequest\x1a\x1f.serac.v1.GetServerInfoResponse\x12>\n\x07GetLoad\x12\x18.serac.v1.GetLoadRequest\x1a\x19.serac.v1.GetLoadResponse\x12\x38\n\x05\x44rain\x12\x16.serac.v1.DrainRequest\x1a\x17.serac.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16serac/v1/control.proto\x12\x08serac.v1\"\x16\n\x14GetServerInfoRequest\"\x91\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\x04\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08uptime_s\x18\x08 \x01(\x01\x12\x39\n\x05\x66\x61\x63ts\x18\t \x03(\x0b\x32*.serac.v1.GetServerInfoResponse.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x10\n\x0eGetLoadRequest\"\xb1\x01\n\x0fGetLoadResponse\x12\x15\n\ropen_requests\x18\x01 \x01(\x04\x12\x35\n\x06gauges\x18\x02 \x03(\x0b\x32%.serac.v1.GetLoadResponse.GaugesEntry\x12!\n\x05lanes\x18\x03 \x03(\x0b\x32\x12.serac.v1.LaneLoad\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf2\x01\n\x08LaneLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12.\n\x06gauges\x18\x04 \x03(\x0b\x32\x1e.serac.v1.LaneLoad.GaugesEntry\x12(\n\tprocesses\x18\x05 \x03(\x0b\x32\x15.serac.v1.LaneProcess\x12\x10\n\x08restarts\x18\x06 \x01(\x04\x12\x0f\n\x07since_s\x18\x07 \x01(\x01\x12\x0f\n\x07problem\x18\x08 \x01(\t\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x0bLaneProcess\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\t\x12\x0c\n\x04\x64one\x18\x05 \x01(\x04\x12\n\n\x02of\x18\x06 \x01(\x04\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"4\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x12\n\nunfinished\x18\x02 \x01(\x04\"A\n\x0eRestartRequest\x12\r\n\x05lanes\x18\x01 \x03(\t\x12\x14\n\x07\x64rain_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_drain_s\"?\n\x0fRestartResponse\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2\x9e\x02\n\x0e\x43ontrolService\x12P\n\rGetServerInfo\x12\x1e.serac.v1.GetServerInfoRequest\x1a\x1f.serac.v1.GetServerInfoResponse\x12>\n\x07GetLoad\x12\x18.serac.v1.GetLoadRequest\x1a\x19.serac.v1.GetLoadResponse\x12\x38\n\x05\x44rain\x12\x16.serac.v1.DrainRequest\x1a\x17.serac.v1.DrainResponse\x12@\n\x07Restart\x12\x18.serac.v1.RestartRequest\x1a\x19.serac.v1.RestartResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,13 +50,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADRESPONSE_GAUGESENTRY']._serialized_start=487
   _globals['_GETLOADRESPONSE_GAUGESENTRY']._serialized_end=532
   _globals['_LANELOAD']._serialized_start=535
-  _globals['_LANELOAD']._serialized_end=683
+  _globals['_LANELOAD']._serialized_end=777
   _globals['_LANELOAD_GAUGESENTRY']._serialized_start=487
   _globals['_LANELOAD_GAUGESENTRY']._serialized_end=532
-  _globals['_DRAINREQUEST']._serialized_start=685
-  _globals['_DRAINREQUEST']._serialized_end=737
-  _globals['_DRAINRESPONSE']._serialized_start=739
-  _globals['_DRAINRESPONSE']._serialized_end=791
-  _globals['_CONTROLSERVICE']._serialized_start=794
-  _globals['_CONTROLSERVICE']._serialized_end=1014
+  _globals['_LANEPROCESS']._serialized_start=779
+  _globals['_LANEPROCESS']._serialized_end=876
+  _globals['_DRAINREQUEST']._serialized_start=878
+  _globals['_DRAINREQUEST']._serialized_end=930
+  _globals['_DRAINRESPONSE']._serialized_start=932
+  _globals['_DRAINRESPONSE']._serialized_end=984
+  _globals['_RESTARTREQUEST']._serialized_start=986
+  _globals['_RESTARTREQUEST']._serialized_end=1051
+  _globals['_RESTARTRESPONSE']._serialized_start=1053
+  _globals['_RESTARTRESPONSE']._serialized_end=1116
+  _globals['_CONTROLSERVICE']._serialized_start=1119
+  _globals['_CONTROLSERVICE']._serialized_end=1405
 # @@protoc_insertion_point(module_scope)

@@ -61,7 +61,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, open_requests: _Optional[int] = ..., gauges: _Optional[_Mapping[str, float]] = ..., lanes: _Optional[_Iterable[_Union[LaneLoad, _Mapping]]] = ...) -> None: ...
 
 class LaneLoad(_message.Message):
-    __slots__ = ("name", "role", "state", "gauges")
+    __slots__ = ("name", "role", "state", "gauges", "processes", "restarts", "since_s", "problem")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -73,11 +73,35 @@ class LaneLoad(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GAUGES_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     state: str
     gauges: _containers.ScalarMap[str, float]
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    processes: _containers.RepeatedCompositeFieldContainer[LaneProcess]
+    restarts: int
+    since_s: float
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., processes: _Optional[_Iterable[_Union[LaneProcess, _Mapping]]] = ..., restarts: _Optional[int] = ..., since_s: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class LaneProcess(_message.Message):
+    __slots__ = ("rank", "host", "state", "stage", "done", "of")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    host: str
+    state: str
+    stage: str
+    done: int
+    of: int
+    def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., stage: _Optional[str] = ..., done: _Optional[int] = ..., of: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)
@@ -92,3 +116,21 @@ class DrainResponse(_message.Message):
     drained: bool
     unfinished: int
     def __init__(self, drained: bool = ..., unfinished: _Optional[int] = ...) -> None: ...
+
+class RestartRequest(_message.Message):
+    __slots__ = ("lanes", "drain_s")
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    lanes: _containers.RepeatedScalarFieldContainer[str]
+    drain_s: float
+    def __init__(self, lanes: _Optional[_Iterable[str]] = ..., drain_s: _Optional[float] = ...) -> None: ...
+
+class RestartResponse(_message.Message):
+    __slots__ = ("lane", "state", "message")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    lane: str
+    state: str
+    message: str
+    def __init__(self, lane: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
