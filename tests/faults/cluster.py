@@ -18,6 +18,7 @@ from engine.core.messages import FRONT
 from engine.core.request import Limits, Request
 from engine.core.sequence import Part, sequences
 from engine.movers.links import Links
+from engine.movers.tls import Tls
 from engine.observe.metrics import Metrics
 from engine.replica.replica import ModelInfo, Replica
 from engine.sim.runner import alone
@@ -28,18 +29,28 @@ SEED = 5
 
 
 class Cluster:
-    """`slots` by name, each with its role. `way(slot, address)` may put a proxy in front of the front."""
+    """`slots` by name, each with its role. `way(slot, address)` may put a proxy in front of the front.
 
-    def __init__(self, slots: dict[str, str], way=lambda slot, address: address):
-        self.slots, self.way, self.secret = slots, way, secrets.token_bytes(32)
+    `listen` and `tls` are the front's, `there(slot, command)` is the command on the slot's own host.
+    """
+
+    def __init__(
+        self,
+        slots: dict[str, str],
+        way=lambda slot, address: address,
+        listen: str = "127.0.0.1:0",
+        tls: Tls | None = None,
+        there=lambda slot, command: command,
+    ):
+        self.slots, self.way, self.there, self.secret = slots, way, there, secrets.token_bytes(32)
         limits = Limits(VOCAB, CONTEXT, (BLOCKS - 1) * BLOCK, BLOCK, (EOS,))
         info = ModelInfo("hash", "r1", CONTEXT, VOCAB, (EOS,), {})
         self.replica = Replica(
             info, Text(embedded.folder()), limits, SystemClock(), Metrics(CollectorRegistry()),
             prefix.root("hash"), seeds=lambda: SEED,
         )  # fmt: skip
-        links = Links(FRONT, self.secret, self._hear, self._gone)
-        links.start(["127.0.0.1:0"])
+        links = Links(FRONT, self.secret, self._hear, self._gone, tls=tls)
+        links.start([listen])
         self.replica.serve_remote(links)
         self.processes: dict[str, subprocess.Popen] = {}
         self.answers: dict[str, Answer] = {}
@@ -57,7 +68,9 @@ class Cluster:
         front = self.way(slot, self.replica.remote.links.addresses[0])
         command = [sys.executable, "-m", "tests.faults.worker", slot, self.slots[slot], front, self.secret.hex()]
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        self.processes[slot] = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        self.processes[slot] = subprocess.Popen(
+            self.there(slot, command), stdout=subprocess.DEVNULL, env=environment
+        )
 
     def kill(self, slot: str) -> None:
         self.processes[slot].kill()

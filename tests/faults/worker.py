@@ -1,12 +1,14 @@
 """A lane in a real process, with everything that serves but the model: its device is a hash (engine/sim/runner.py).
 
-`python -m tests.faults.worker SLOT ROLE FRONT SECRET_HEX` serves until it is killed. A step takes STEP_S.
+`python -m tests.faults.worker SLOT ROLE FRONT SECRET_HEX [ADDRESS CERTS]` serves until it is killed; ADDRESS is where
+other lanes reach it, in TLS by the folder CERTS. A step takes STEP_S.
 """
 
 import secrets
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -17,6 +19,7 @@ from engine.core.agent import Agent
 from engine.core.scheduler import LaneShape, Scheduler
 from engine.movers.geometry import Geometry
 from engine.movers.parts import Heads
+from engine.movers.tls import Tls
 from engine.observe.metrics import Metrics
 from engine.replica.joined import Joined
 from engine.replica.lane import Lane
@@ -50,7 +53,8 @@ def arrive(staged) -> np.ndarray:
 
 def main() -> None:
     """The command line."""
-    slot, role, front, secret = sys.argv[1:]
+    slot, role, front, secret, *beyond = sys.argv[1:]
+    address, tls = (beyond[0], Tls(Path(beyond[1]))) if beyond else ("127.0.0.1", None)
     clock, metrics = SystemClock(), Metrics(CollectorRegistry())
     device = SlowRunner(BLOCKS, BLOCK, ROWS, CONTEXT, VOCAB)
     shape = LaneShape(BLOCKS, BLOCK, ROWS, 64, CONTEXT, VOCAB, (EOS,))
@@ -59,7 +63,7 @@ def main() -> None:
         device.reset()
         return Lane(Agent(name, Scheduler(shape, prefix.root("hash"))), device, clock, metrics, courier)
 
-    reach = Reach(front, ["127.0.0.1:0"], bytes.fromhex(secret), GEOMETRY)
+    reach = Reach(front, [f"{address}:0"], bytes.fromhex(secret), GEOMETRY, tls)
     names = lambda: f"{slot}.{secrets.token_hex(4)}"  # noqa: E731
     joined = Joined(role, make_lane, names, reach, Bytes(leave, arrive), clock)
     signal.signal(signal.SIGTERM, lambda *_: joined.stop())
