@@ -1,7 +1,7 @@
 """A lane in a real process, with everything that serves but the model: its device is a hash (engine/sim/runner.py).
 
-`python -m tests.faults.worker SLOT ROLE FRONT SECRET_HEX [ADDRESS CERTS]` serves until it is killed; ADDRESS is where
-other lanes reach it, in TLS by the folder CERTS. A step takes STEP_S.
+`python -m tests.faults.worker SLOT ROLE FRONT SECRET_HEX [ADDRESS CERTS]` serves until it is killed; ADDRESS is
+where other lanes reach it, in TLS by the folder CERTS. A step takes STEP_S.
 """
 
 import secrets

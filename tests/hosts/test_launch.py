@@ -63,7 +63,7 @@ def suffer(made, wanted, what, lane, act, heal_s=0.0, heal=None):
     freed = made.wait(made.restored, 5.0)
     back = made.wait(lambda: made.client.load()["lanes"] == 2 and made.lane(lane).state == "ready", BACK_S)
     timer.join()
-    times = {"noticed": noticed, "resumed": min(after, default=began), "freed": freed, "back": back}
+    times = {"noticed": noticed, "freed": freed, "back": back} | ({"resumed": min(after)} if after else {})
     print(f"\n{what}: " + ", ".join(f"{each} {at - began:.2f} s" for each, at in times.items()))
 
 
