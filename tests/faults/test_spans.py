@@ -1,6 +1,7 @@
 """The embedded model on lanes that span 1 to 8 processes: what one process draws, they all draw, to the last bit.
 
-Slow: every process compiles for itself, on two free cores 1 to 5 minutes a case. `-s` prints what each took.
+Slow: every process compiles for itself, on two cores 1.5 to 3.5 minutes a case, about ten minutes in all. `-s` prints
+what each took.
 """
 
 import time
@@ -50,7 +51,7 @@ def wanted(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_eight_devices_draw_the_same_in_however_many_processes(processes, wanted, tmp_path):
-    """Costs a minute and a half with 2 processes, five with 8."""
+    """Costs two minutes with 2 processes, three and a half with 8."""
     assert drawn(f"both:tp=8/{processes}", tmp_path)[0] == wanted
 
 

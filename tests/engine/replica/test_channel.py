@@ -65,7 +65,7 @@ def test_orders_arrive_in_the_order_that_they_were_said(ends, sockets):
     said += [orders.Drop(1, 2, k) for k in range(300)]
     saying = threading.Thread(target=lambda: [leader.say(order) for order in said])
     saying.start()
-    assert [follower.receive() for _ in said] == said
+    assert repr([follower.receive() for _ in said]) == repr(said), "tuples of two kinds may be equal"
     saying.join()
     follower.say(orders.Unable("é"))
     assert leader.receive() == orders.Unable("é")
@@ -77,7 +77,7 @@ def test_what_several_threads_say_at_once_does_not_mix(ends, sockets):
     def talk(who):
         for k in range(400):
             leader.say(orders.Drawn(who, k))
-            leader.say(orders.Here("x" * 3000 if k % 50 == 0 else ""))
+            leader.say(orders.Gather(tuple(range(40_000 if k % 50 == 0 else 1))))
 
     threads = [threading.Thread(target=talk, args=(who,)) for who in range(4)]
     for thread in threads:
@@ -95,7 +95,7 @@ def test_beats_keep_a_quiet_channel_alive(ends, sockets):
     leader, follower = ends(*sockets)
     later = threading.Timer(3 * SILENT_S, leader.say, [orders.Go()])
     later.start()
-    assert follower.receive() == orders.Go()
+    assert repr(follower.receive()) == "Go()"
     later.join()
 
 
@@ -183,13 +183,13 @@ def test_a_peer_that_reads_nothing_holds_nobody_for_longer_than_the_time_for_it(
 def test_a_peer_that_reads_slowly_is_waited_for(ends, sockets, monkeypatch):
     monkeypatch.setattr(module, "STUCK_S", 0.3)
     (leader,) = ends(sockets[0])
-    large = orders.Gather(tuple(range(100_000)))
+    large = orders.Gather(tuple(range(200_000)))
     data, beat, found = to_frame(large), to_frame(orders.Beat()), bytearray()
 
     def read():
         while len(found) < len(data):
             found.extend(sockets[1].recv(1 << 16))
-            time.sleep(0.02)
+            time.sleep(0.04)
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -201,7 +201,7 @@ def test_a_peer_that_reads_slowly_is_waited_for(ends, sockets, monkeypatch):
 def test_beats_are_none_of_what_is_received(ends, sockets):
     (leader,) = ends(sockets[0])
     sockets[1].send(to_frame(orders.Beat()) * 3 + to_frame(orders.Go()))
-    assert leader.receive() == orders.Go()
+    assert repr(leader.receive()) == "Go()"
 
 
 @pytest.fixture

@@ -81,6 +81,7 @@ class Answers:
         self._ready, self._lock = list(first), threading.Condition()
 
     def send(self, data):
+        time.sleep(0)  # lets another thread in between
         self.sent.append(data)
 
     def answer(self, *what):
@@ -276,6 +277,7 @@ def test_a_reset_while_steps_are_in_flight_leaves_all_processes_empty_and_servin
         lane.lockstep.launch(planned.plan(0.0))
     lane.lockstep.reset()
     assert not lane.followers._since
+    until(lambda: all((each.kv == -1).all() and not each.results for each in lane.devices))
     assert steps(lane.lockstep, scheduler(), 20) == steps(device(), scheduler(), 20)
     lane.settle()
     until(lambda: not lane.followers._ours and not lane.followers._theirs)
