@@ -1,7 +1,7 @@
 """The embedded model on lanes that span 1 to 8 processes: what one process draws, they all draw, to the last bit.
 
-Slow: every process compiles for itself, on two cores 1.5 to 3.5 minutes a case, about ten minutes in all. `-s` prints
-what each took.
+Slow: every process compiles for itself, on two cores 1.5 to 3.5 minutes a case, about ten minutes in all. `-s`
+prints what each took.
 """
 
 import time
