@@ -1,8 +1,12 @@
 """`serac status`: what runs where. Hosts, lanes, the processes of each, and what each of them does.
 
-    GetServerInfo, GetLoad -> one table for a person, a row a process; off a terminal, or with --json, one object
+    GetServerInfo, GetLoad -> for a person lines, one a process; off a terminal, or with --json, one object
 
-It costs the server two small calls.
+    lane  role     state     running  waiting  restarts  up          rank  host  process
+    d1    decode   ready           2        0         1  1 h 12 min     0  h0    ready
+                                                                        1  h1    ready
+
+It costs the server three small calls.
 """
 
 import json
@@ -11,10 +15,12 @@ from typing import NamedTuple, TextIO
 
 from engine.serve.client import Client
 from engine.serve.proto.serac.v1 import control_pb2 as pb
-from engine.tables import show_table
 from engine.top import duration
 
 READY = "ready"
+LANE = ("lane", "role", "state", "running", "waiting", "restarts", "up")
+COLUMNS = (*LANE, "rank", "host", "process")
+NUMBERS = ("running", "waiting", "restarts", "rank")
 
 
 class Seen(NamedTuple):
@@ -40,49 +46,53 @@ def run(client: Client, as_json: bool, out: TextIO) -> int:
     if as_json or not out.isatty():
         print(json.dumps(as_object(seen)), file=out)
     else:
-        show_table(title(seen), rows(seen.lanes), out)
-        for lane in (lane for lane in seen.lanes if lane.problem and lane.state != READY):
-            print(f"{slot(lane)}: {lane.problem}", file=out)
+        print("\n".join(screen(seen)), file=out)
     return 0 if seen.whole else 1
 
 
-def title(seen: Seen) -> str:
-    """The server in a line."""
+def screen(seen: Seen) -> list[str]:
+    """For a person, in lines; last why lanes that are not ready were lost."""
     info, ready = seen.info, sum(lane.state == READY for lane in seen.lanes)
     hosts = len(by_host(seen.lanes))
     over = f" on {hosts} host{'s' * (hosts > 1)}" if hosts else ""
-    return (
-        f"serac {info.version} {info.model} {info.revision:.12}: {seen.state} for {duration(info.uptime_s)}, "
-        f"{ready} of {len(seen.lanes)} lanes ready{over}, {seen.load.get('open_requests', 0):.0f} requests open"
-    )
+    table = [dict(zip(COLUMNS, COLUMNS, strict=True))] + [row for lane in seen.lanes for row in rows(lane)]
+    widths = {name: max(len(row[name]) for row in table) for name in COLUMNS}
+    lost = [f"{slot(lane)}: {lane.problem}" for lane in seen.lanes if lane.problem and lane.state != READY]
+    return [
+        f"serac {info.version} {info.model} {info.revision}  {seen.state}, up {duration(info.uptime_s)}",
+        f"{ready} of {len(seen.lanes)} lanes ready{over}, {seen.load.get('open_requests', 0):.0f} requests open",
+        "",
+        *(aligned(row, widths) for row in table),
+        *(["", *lost] if lost else []),
+    ]
 
 
-def rows(lanes: Sequence[pb.LaneLoad]) -> list[dict[str, object]]:
-    """One a process, or one a lane without any of its own; what holds for a lane stands in its first."""
+def rows(lane: pb.LaneLoad) -> list[dict[str, str]]:
+    """One a process, or one without any; what holds for the lane stands in the first."""
+    counts = [f"{lane.gauges[name]:.0f}" if name in lane.gauges else "" for name in ("running", "waiting")]
+    up = duration(lane.since_s) if lane.processes else ""
+    first = dict(zip(LANE, (slot(lane), lane.role, lane.state, *counts, str(lane.restarts), up), strict=True))
     found = []
-    for lane in lanes:
-        shared = {
-            "lane": slot(lane),
-            "role": lane.role,
-            "state": lane.state,
-            "running": count(lane, "running"),
-            "waiting": count(lane, "waiting"),
-            "blocks free": count(lane, "blocks_available"),
-            "restarts": lane.restarts,
-            "up": duration(lane.since_s) if lane.processes else "",
-        }
-        for process in lane.processes or [None]:
-            found.append({**shared, **of_process(process)})
-            shared = dict.fromkeys(shared, None)
+    for process in lane.processes or [None]:
+        found.append(dict.fromkeys(COLUMNS, "") | first | of_process(process))
+        first = {}
     return found
 
 
-def of_process(process: pb.LaneProcess | None) -> dict[str, object]:
+def of_process(process: pb.LaneProcess | None) -> dict[str, str]:
     """The columns of a process."""
     if process is None:
         return {}
     stage = f": {process.stage} {process.done} of {process.of}" if process.stage else ""
-    return {"rank": process.rank, "host": process.host, "process": f"{process.state}{stage}"}
+    return {"rank": str(process.rank), "host": process.host, "process": f"{process.state}{stage}"}
+
+
+def aligned(row: Mapping[str, str], widths: Mapping[str, int]) -> str:
+    """Numbers to the right."""
+    cells = [
+        text.rjust(widths[name]) if name in NUMBERS else text.ljust(widths[name]) for name, text in row.items()
+    ]
+    return "  ".join(cells).rstrip()
 
 
 def as_object(seen: Seen) -> dict[str, object]:
@@ -129,8 +139,3 @@ def by_host(lanes: Sequence[pb.LaneLoad]) -> dict[str, list[str]]:
 def slot(lane: pb.LaneLoad) -> str:
     """Its name over all of its lives."""
     return lane.name.split(".")[0]
-
-
-def count(lane: pb.LaneLoad, name: str) -> int | None:
-    """A gauge, none before the first report."""
-    return int(lane.gauges[name]) if name in lane.gauges else None

@@ -9,6 +9,7 @@ from engine.clock import SystemClock
 from engine.core.request import Limits, Request, check_request
 from engine.errors import AlreadyExists, SeracError
 from engine.replica.loads import LaneLoad
+from engine.replica.restarts import nothing_to_restart
 from engine.serve.client import AsyncClient
 from engine.serve.server import Listen, Server
 
@@ -117,6 +118,7 @@ class FakeReplica:
         self.refusal: SeracError | Exception | None = None
         self.drained_with: float | None = None
         self.lanes: list[LaneLoad] = []
+        self.restart = nothing_to_restart
         self.paired = ""
         self.limits = Limits(self.info.vocab, self.info.context, 4096, 16, self.info.eos_ids)
 
