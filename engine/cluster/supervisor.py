@@ -141,7 +141,8 @@ class Worker:
             if words is not None:
                 self._hear(group, rank, words)
         self.first, codes = first, self._end()
-        self.problem = group.problem or next((p.problem for p in self.processes if p.problem), "")
+        said = (whose(process, len(hosts)) for process in self.processes if process.problem)
+        self.problem = group.problem or next(said, "")
         return group.code or next((code for code in codes if code in FINAL), codes[first])
 
     def _hear(self, group: Group, rank: int, words: dict) -> None:
@@ -263,3 +264,8 @@ def show_last(worker: Worker) -> None:
     for process in sorted(worker.processes, key=lambda process: process.rank != worker.first):
         for line in process.last:
             logger.error("lane %s rank %d on %s: %s", worker.slot, process.rank, process.host, line)
+
+
+def whose(process: Process, processes: int) -> str:
+    """What went wrong with a process of so many of its lane."""
+    return f"rank {process.rank} on {process.host}: {process.problem}" if processes > 1 else process.problem

@@ -162,13 +162,22 @@ def test_a_host_with_another_version_is_named(tmp_path):
     )
 
 
-def test_a_rank_with_another_mesh_is_named(tmp_path):
+def test_a_rank_with_other_settings_is_named(tmp_path):
     """Costs 5 s."""
     text = 'for a; do shift; set -- "$@" "$(echo "$a" | sed s/seqs=1/seqs=2/)"; done\n'
     script = other(tmp_path, text + f'exec env PYTHONPATH={sshd.ROOT} {sys.executable} "$@"')
     with Launched(tmp_path, pythons={2: script}, max_num_seqs=1) as made:
         code, said, _ = refused(made, 60.0)
     assert code == 78 and "rank 1 on h2: max_num_seqs is 2, and at rank 0 it is 1" in said
+
+
+def test_a_rank_with_another_mesh_is_named(tmp_path):
+    """Costs 10 s."""
+    text = 'for a; do shift; set -- "$@" "$(echo "$a" | sed s/tp=2/tp=4/)"; done\n'
+    script = other(tmp_path, text + f'exec env PYTHONPATH={sshd.ROOT} {sys.executable} "$@"')
+    with Launched(tmp_path, pythons={2: script}) as made:
+        code, said, _ = refused(made, 60.0)
+    assert code == 2 and "lane p0: rank 1 on h2: devices: got '0'; expected 2 numbers, tp=4 over 2 proc" in said
 
 
 def test_a_rank_with_other_weights_is_named(tmp_path):

@@ -3,7 +3,16 @@
     front here --- h0 p0   h1 p1   h2 d0   h3 d1      cables, routes and processes fail while streams run
 
 The device is a hash (tests/faults/worker.py), so every token is known. Ten faults by default, 12 s; with -m slow a
-hundred and more by chance, some minutes, and `-s` prints how long each kind took to be noticed and mended.
+hundred and more by chance, some minutes, and `-s` prints how long each took to be noticed and mended. On two cores
+that others used too, 122 faults, one to three at once, 102 of them longer than a moment; no token differed, and all
+blocks were free again after 0.21 s at most. In seconds; a lane is back so long after its fault is mended:
+
+             noticed p50  p90   most      back p50  p90   most
+    cable           3.06  3.18  3.36          0.43  0.61  1.02
+    silent          3.11  3.20  3.56          0.23  0.61  1.25    what it says is swallowed
+    unheard         3.38  3.61  3.84          0.77  1.04  1.14    what is said to it is swallowed
+    stopped         3.06  3.13  3.32          0.15  1.01  1.50
+    killed          0.06  0.78  1.32          3.00  4.04  5.17    a new process
 """
 
 import random

@@ -258,3 +258,9 @@ def test_what_each_process_says_is_in_a_file_of_its_own(told, tmp_path):
     )
     assert {"said": "careful"}.items() <= next(each for each in first if "said" in each).items()
     assert [each["event"] for each in second] == ["hello", "ready"]
+
+
+def test_a_mistake_of_one_process_of_several_is_told_with_its_rank_and_host(start):
+    wrong = "import sys; print('serac: error: devices: got 1', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(ConfigError, match="^lane w0: rank 1 on h1: devices: got 1$"):
+        start([LIVES, wrong])
