@@ -17,7 +17,7 @@ from typing import NamedTuple
 from engine.certificates import given
 from engine.clock import SystemClock
 from engine.config import Settings
-from engine.errors import ConfigError
+from engine.errors import ConfigError, SeracError
 from engine.hello import Doors, Place
 from engine.movers.choice import check, choose
 from engine.movers.spans import Span
@@ -48,6 +48,18 @@ class Here(NamedTuple):
 
 def run(settings: Settings, place: Place, doors: Doors | None, starter: Starter, tls: Tls | None) -> int:
     """Serve until the input ends; returns the exit code. The hello was said."""
+    try:
+        return serve(settings, place, doors, starter, tls)
+    except SeracError as error:
+        if place.processes == 1:
+            raise
+        print(f"serac: error: {error}", file=sys.stderr)
+        starter.exit_code = error.exit_code
+        return ended(place, starter)
+
+
+def serve(settings: Settings, place: Place, doors: Doors | None, starter: Starter, tls: Tls | None) -> int:
+    """The same, raising whatever is wrong."""
     logs.start(sys.stderr, "text" if sys.stderr.isatty() else "json", settings.log_level)
     check(settings.kv_mover)
     start = starter.wait("start")["start"]
@@ -95,7 +107,7 @@ def lead(here: Here, built: Built, followers: Followers) -> int:
     found.ways.close()
     built.close()
     followers.close()
-    return ended(here)
+    return ended(place, starter)
 
 
 def follow(here: Here, built: Built, channel: Channel) -> int:
@@ -106,13 +118,13 @@ def follow(here: Here, built: Built, channel: Channel) -> int:
 
     def lost(reason: str) -> None:
         if leaving.is_set():
-            os._exit(ended(here))
+            os._exit(ended(place, starter))
         starter.lost(reason)
 
     found = reach(here, built)
     about = built.device, built.bounds, found, built.content, SystemClock()
     Follower(channel, place.rank, Span(built.tp, place.processes), *about, lost).run()
-    return ended(here)
+    return ended(place, starter)
 
 
 def reach(here: Here, built: Built) -> Reach:
@@ -130,11 +142,11 @@ def together(channel: Channel, found: str) -> None:
         raise RuntimeError(f"expected Go, got {type(order).__name__}")
 
 
-def ended(here: Here) -> int:
+def ended(place: Place, starter: Starter) -> int:
     """Said in the log; JAX would wait at its exit for processes of the lane that have ended already."""
     logging.getLogger("serac").info("left")
-    if here.place.processes > 1:
+    if place.processes > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(here.starter.exit_code)
-    return here.starter.exit_code
+        os._exit(starter.exit_code)
+    return starter.exit_code
