@@ -60,18 +60,17 @@ class Rolling:
 
     def _ready(self, lane: LaneSpec) -> str:
         """The present name of a lane, of whose role all are there. Raises NotReady."""
-        for other in (other for other in self._lanes if other.role == lane.role):
-            if self._name(other.name) is None:
+        names = {each.name: self._name(each.name) for each in self._lanes if each.role == lane.role}
+        for other in (each for each in self._lanes if each.name in names):
+            if names[other.name] is None:
                 why = "" if other is lane else f", and {lane.name} of the same role serves for it"
                 raise NotReady(f"lane {other.name}: it is not ready{why}; serac status says what it does")
-        name = self._name(lane.name)
-        assert name is not None
-        return name
+        return names[lane.name] or ""
 
     def _drain(self, worker: Worker, name: str, drain_s: float, tell: Tell) -> int:
         """Wait until it serves nothing, or the time is over; what it still serves."""
         until, said = time.monotonic() + drain_s, -1
-        while (serves := self._replica.router.serves(name)) and time.monotonic() < until:
+        while (serves := self._replica.serves(name)) and time.monotonic() < until:
             if serves != said:
                 tell(worker.slot, DRAINING, f"{serves} under way")
                 said = serves

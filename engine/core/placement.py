@@ -50,5 +50,5 @@ def choose(
                 todo = length - where.cached(source.name, chain)
                 moved = source.wait_s(todo, blocks) + target.wait_s(1, blocks) + MOVE_S
                 ways.append((moved, source, target))
-    _, source, target = min(ways, key=lambda way: way[0])
-    return source, target
+    best = min(ways, key=lambda way: way[0])
+    return best[1], best[2]

@@ -191,6 +191,11 @@ class Replica:
                 raise NotReady(f"lane {name.split('.')[0]}: it is not there any more")
             self.router.retire(name)
 
+    def serves(self, name: str) -> int:
+        """Choices and prompts that are under way on a lane."""
+        with self._lock:
+            return self.router.serves(name)
+
     def returned(self, name: str) -> None:
         """A lane that was retired is there again, or is not waited for any more."""
         with self._lock:

@@ -168,7 +168,7 @@ def test_requests_for_the_only_lane_wait_for_its_next_life_and_nothing_else_is_r
 @pytest.mark.slow
 @pytest.mark.parametrize("drain_s", [30.0, 0.0], ids=["drained", "at once"])
 def test_ten_rolling_restarts_of_every_lane_drop_nothing(roll, drain_s):
-    """Costs a minute or two each: sixty restarts of a process."""
+    """Costs half a minute each: thirty restarts of a process."""
     rolled = roll("prefill:tp=1, decode:tp=1*2")
     for _ in range(10):
         rolled.roll(drain_s, tokens=LONG)
@@ -178,7 +178,7 @@ def test_ten_rolling_restarts_of_every_lane_drop_nothing(roll, drain_s):
 
 @pytest.mark.slow
 def test_the_embedded_model_goes_on_token_for_token_while_every_lane_is_restarted(tmp_path):
-    """Costs some minutes: each lane compiles again."""
+    """Costs eight minutes where others compute too: four lanes compile, and then each of them again."""
     kinds = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
     prompts = ["def read(self, path):\n", "import os\nimport sys\n\n\nclass Reader:\n" * 3]
     asked = [(prompt, kind | {"max_tokens": 90, "ignore_eos": True}) for prompt in prompts for kind in kinds]
