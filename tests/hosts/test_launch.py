@@ -1,7 +1,21 @@
 """`serac launch` over hosts: a cluster in mutual TLS that serves, what befalls it, and what it refuses to start.
 
 Streams run throughout and are held, token for token, against one lane on one device. `-s` prints the times.
-Costs minutes: a start takes half a minute on two free cores, and so does each return of a lane.
+Costs half an hour where others compute too: a start is a minute or two, and so is a return of p0, mostly compiling.
+No token differed, and every block was free again. Measured once, on two busy cores, in seconds from the fault:
+
+                                        noticed   streams go on   lane back
+    p0 leader killed, stopped         0.18  3.00     0.18  3.01    96   59
+    p0 follower killed, stopped       0.59  3.11     0.62   -      42   37     -: p0 had none to give back
+    d0 killed, stopped                0.08  3.10     0.13  3.16    14   20
+    d0 its ssh client killed          0.04           0.10          16
+    p0 follower's cable, 10 s, 45 s   5.07  3.28     5.07  3.36   107  162
+    d0 its cable, 10 s, 45 s          3.13  3.10     3.19  3.13    13   63
+    leader unheard by follower, back  3.00  3.12      -     -      33   60     12 s each, half open
+    p0 follower unheard by front      7.69            -            90          as ssh notices
+    front unheard by d0, back         3.24  3.02     3.35  3.04    12   24     12 s each
+    launcher killed                   nothing is left after 0.60
+    refused by name                   host missing 69, version 78, settings 78, mesh 2, weights 78: within 20
 """
 
 import importlib.metadata
@@ -97,15 +111,18 @@ def test_streams_outlive_a_host_without_its_cable(made, wanted, lane, rank, seco
     suffer(made, wanted, f"{lane}/{rank} down {seconds:.0f} s", lane, made.host(lane, rank).down, seconds)
 
 
-def test_a_cable_that_is_out_for_a_moment_costs_a_lane_at_most(made, wanted):
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_a_cable_that_is_out_for_a_moment_costs_a_lane_at_most(made, wanted, seconds):
     """Costs a start of the lane at most."""
     answers = [Asked(made, prompt, **options) for prompt, options in ASKED]
     made.wait(lambda: any(answer.tokens for answer in answers), 60.0)
+    name = made.lane("d0").name
     made.hosts[3].down()
-    time.sleep(1.0)
+    time.sleep(seconds)
     made.hosts.heal()
     assert [answer.result(BACK_S) for answer in answers] == wanted
     made.wait(lambda: made.client.load()["lanes"] == 2 and made.restored(), BACK_S)
+    print(f"\nd0 down {seconds:.0f} s: {'the same life' if made.lane('d0').name == name else 'another life'}")
 
 
 @pytest.mark.parametrize("lane, one, other", [("p0", 1, 2), ("p0", 2, 1), ("p0", 2, 0), ("d0", 0, 3), ("d0", 3, 0)])
