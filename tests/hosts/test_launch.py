@@ -14,6 +14,7 @@ No token differed, and every block was free again. Measured once, on two busy co
     leader unheard by follower, back  3.00  3.12      -     -      33   60     12 s each, half open
     p0 follower unheard by front      7.69            -            90          as ssh notices
     front unheard by d0, back         3.24  3.02     3.35  3.04    12   24     12 s each
+    d0 its cable, 1 s                 its life goes on
     launcher killed                   nothing is left after 0.60
     refused by name                   host missing 69, version 78, settings 78, mesh 2, weights 78: within 20
 """
