@@ -138,5 +138,5 @@ class Follower:
 
     def _unable(self, error: Exception) -> None:
         reason = str(error) if isinstance(error, SeracError) else type(error).__name__
-        self._channel.say(orders.Unable(reason))
+        self._channel.say(orders.Unable(reason[: orders.SENTENCE // 4]))  # a character has at most 4 bytes
         self._lost(reason)
