@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import GroupLost
+from engine.errors import GroupLost, Misfit
 from engine.replica import orders
 from engine.replica.channel import Channel
 from engine.replica.landing import Arrived
@@ -102,10 +102,10 @@ class Followers:
         return tuple("".join(at.addresses[:1]) for at in self._wait(orders.At))  # type: ignore[attr-defined]
 
     def together(self, found: str) -> None:
-        """Wait until every process has come so far, with `found` alike; else the lane is lost."""
+        """Wait until every process has come so far, with `found` alike. Raises Misfit."""
         for rank, here in enumerate(self._wait(orders.Here), 1):
             if here.found != found:  # type: ignore[attr-defined]
-                self._lost(f"rank {rank} has {here.found!s:.200} where rank 0 has {found!s:.200}")  # type: ignore[attr-defined]
+                raise Misfit(f"rank {rank} has {here.found!s:.200} where rank 0 has {found!s:.200}")  # type: ignore[attr-defined]
         with self._lock:
             self._waited[orders.Here].clear()
         self.say(orders.Go())

@@ -9,7 +9,7 @@ import pytest
 from engine.core.plan import StepResult
 from engine.core.request import Request, Sampling
 from engine.core.scheduler import LaneShape, Scheduler
-from engine.errors import DeviceError
+from engine.errors import DeviceError, Misfit
 from engine.movers.spans import Span
 from engine.replica import followers as module
 from engine.replica import orders
@@ -212,7 +212,7 @@ def test_all_wait_until_each_has_come_so_far_with_the_same(two):
     assert all(each.sent == [orders.to_frame(orders.Go())] for each in answers)
     answers[0].answer(orders.Here("programs 1"))
     answers[1].answer(orders.Here("programs 2"))
-    with pytest.raises(Lost, match="rank 2 has programs 2 where rank 0 has programs 1"):
+    with pytest.raises(Misfit, match="rank 2 has programs 2 where rank 0 has programs 1"):
         followers.together("programs 1")
 
 
