@@ -57,7 +57,6 @@ NOT_FOR_WORKERS = (
     "log_dir",
 )
 SECRET = "SERAC_CLUSTER_SECRET"
-LISTEN = "127.0.0.1:0"
 JOIN_S = 30.0
 JOIN_POLL_S = 0.05
 
@@ -157,19 +156,8 @@ class Front:
         """Tell each process where the front listens, where it shall, and what proves that it may come."""
         words = {"front": self._links.addresses[0], "secret": self._secret.hex()}
         hosts = [self._topology.host(name) for name in self._topology.lane(slot).hosts]
-        listen = [self._listen(slot, rank, host) for rank, host in enumerate(hosts)]
+        listen = [listens(self._folder.name, slot, rank, host) for rank, host in enumerate(hosts)]
         self._supervisor.workers[slot].say([{**words, "listen": each} for each in listen])
-
-    def _listen(self, slot: str, rank: int, host: Host) -> str:
-        """Where others find a process: on this machine at a unix socket, so that they share memory."""
-        if not host.loopback:
-            return f"{host.address}:0"
-        address = f"unix:{self._folder.name}/{slot}.{rank}.sock"
-        try:
-            addresses.parse(address)
-        except ConfigError:  # its path is too long
-            return LISTEN
-        return address
 
     def _absent(self, present: list[str]) -> list[LaneLoad]:
         """The lanes whose process is not there now."""
@@ -182,6 +170,16 @@ class Front:
     def _standing(self, slot: str) -> Standing:
         """A lane's processes, with the hosts as the operator calls them."""
         return standing(self._supervisor.workers[slot], self._topology.lane(slot).hosts)
+
+
+def listens(folder: str, slot: str, rank: int, host: Host) -> str:
+    """Where others find a process: on this machine at a unix socket, to share memory; else empty, as it chooses."""
+    address = f"unix:{folder}/{slot}.{rank}.sock"
+    try:
+        addresses.parse(address)
+    except ConfigError:  # its path is too long
+        return ""
+    return address if host.loopback else ""
 
 
 def secret_of(topology: Topology, ours: bool) -> bytes:

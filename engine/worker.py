@@ -19,6 +19,7 @@ from engine.clock import SystemClock
 from engine.config import Settings
 from engine.errors import ConfigError, SeracError
 from engine.hello import Doors, Place
+from engine.movers.addresses import Address
 from engine.movers.choice import check, choose
 from engine.movers.spans import Span
 from engine.movers.tls import Tls
@@ -33,8 +34,6 @@ from engine.replica.moves import Reach
 from engine.replica.team import meet_followers, meet_leader
 from engine.starter import Starter
 from sharding import processes
-
-LISTEN = "127.0.0.1:0"
 
 
 class Here(NamedTuple):
@@ -130,7 +129,7 @@ def follow(here: Here, built: Built, channel: Channel) -> int:
 def reach(here: Here, built: Built) -> Reach:
     """How this process reaches the front and other lanes, once the starter says it."""
     words = here.starter.wait("front")
-    listen = [words.get("listen", LISTEN)]
+    listen = [words.get("listen") or str(Address("", here.place.interface, 0))]
     ways = choose(here.settings.kv_mover, listen, here.place.trusted)
     return Reach(words["front"], listen, bytes.fromhex(words["secret"]), built.geometry, here.tls, ways)
 

@@ -11,6 +11,7 @@ import pytest
 from engine import front
 from engine.cluster import local
 from engine.cluster.found import Found, Gpu
+from engine.cluster.topology import Host
 from engine.config import Settings
 from engine.errors import ConfigError
 from engine.lanes import LOCAL, parse_lanes
@@ -72,6 +73,13 @@ def test_a_worker_whose_front_goes_while_it_starts_does_not_stay():
     few = ["--max-num-seqs=1", "--max-num-batched-tokens=8", "--max-model-len=64", "--lane=b0"]
     done = subprocess.run([*command, *few], cwd=ROOT, input="", capture_output=True, text=True, timeout=120)
     assert done.returncode == -15 and '"ready"' not in done.stdout
+
+
+def test_processes_of_this_machine_meet_at_unix_sockets_and_others_on_their_own_interface():
+    here, there, pod = Host("a", "127.0.0.1", (0,)), Host("b", "10.0.0.2", (0,)), Host("c", "", (0,))
+    assert front.listens("/tmp/serac", "p0", 1, here) == "unix:/tmp/serac/p0.1.sock"
+    assert front.listens("/tmp/" + "long" * 30, "p0", 1, here) == ""
+    assert front.listens("/tmp/serac", "p0", 1, there) == front.listens("/tmp/serac", "p0", 1, pod) == ""
 
 
 def test_the_front_tells_of_all_workers_what_holds_for_each():

@@ -139,7 +139,7 @@ def test_a_rank_that_is_taken_or_that_the_lane_has_not_gets_no_place(meeting, ra
 
 
 def test_strangers_at_the_door_keep_nobody_out(meeting, monkeypatch):
-    monkeypatch.setattr(team, "GREETING_S", 0.3)
+    monkeypatch.setattr(team, "GREETING_S", 1.0)
     here = meeting(2)
     host, port = here.address.split(":")
     with contextlib.ExitStack() as stack:
@@ -152,10 +152,10 @@ def test_strangers_at_the_door_keep_nobody_out(meeting, monkeypatch):
 
 
 def test_who_is_missing_is_named_by_rank(meeting):
-    here = meeting(4, wait_s=0.4)
+    here = meeting(4, wait_s=3.0)  # time enough for the others, also on a busy machine
     here.comes(1)
     here.comes(3)
-    assert str(here.result()) == "lane p0: rank 2 has not come within 0 s"
+    assert str(here.result()) == "lane p0: rank 2 has not come within 3 s"
 
 
 def test_a_leader_that_is_not_there_is_waited_for_and_then_named(monkeypatch):
