@@ -79,6 +79,11 @@ class Channel:
         with self._lock:
             self._shut()
 
+    def free(self) -> None:
+        """End it where nobody receives."""
+        self.close()
+        self._socket.close()
+
     def _shut(self) -> None:
         self._over.set()
         with contextlib.suppress(OSError):

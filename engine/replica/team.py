@@ -9,7 +9,6 @@ difference in a sentence. Who has not come within MEET_S is named by rank.
 
 import contextlib
 import logging
-import queue
 import socket
 import threading
 import time
@@ -47,22 +46,55 @@ def meet_followers(
     """
     found: dict[int, Channel] = {}
     mine, until = Card(lane, "", "control", "", geometry), time.monotonic() + MEET_S
-    came: queue.SimpleQueue[tuple[socket.socket, Card] | None] = queue.SimpleQueue()
-
-    def welcome(connected: socket.socket) -> None:
-        came.put(_greeted(connected, secret, mine, False, tls))
-
-    with door:
-        door.settimeout(AGAIN_S)
+    with Door(door, lambda connected: _greeted(connected, secret, mine, False, tls)) as there:
         while missing := sorted(set(range(1, processes)) - set(found)):
             if time.monotonic() > until:
+                for channel in found.values():
+                    channel.free()
                 raise GroupLost(f"lane {lane}: rank {missing[0]} has not come within {MEET_S:.0f} s")
-            with contextlib.suppress(TimeoutError):  # a stranger who says nothing keeps nobody waiting
-                threading.Thread(target=welcome, args=(door.accept()[0],), daemon=True).start()
-            while not came.empty():
-                if (greeted := came.get()) is not None:
-                    _seat(*greeted, lane, missing, found)
+            for connected, card in there.look():
+                _seat(connected, card, lane, missing, found)
     return Followers([found[rank] for rank in range(1, processes)], lost)
+
+
+Greeted = tuple[socket.socket, Card]
+
+
+class Door:
+    """A listener whose guests are greeted on threads of their own: one who says nothing keeps nobody waiting."""
+
+    def __init__(self, listener: socket.socket, greet: Callable[[socket.socket], Greeted | None]):
+        self._listener, self._greet = listener, greet
+        self._lock, self._shut = threading.Lock(), False
+        self._came: list[Greeted] = []
+
+    def look(self) -> list[Greeted]:
+        """Those that were greeted since; waits for AGAIN_S at most."""
+        self._listener.settimeout(AGAIN_S)
+        with contextlib.suppress(TimeoutError):
+            threading.Thread(target=self._welcome, args=(self._listener.accept()[0],), daemon=True).start()
+        with self._lock:
+            came, self._came = self._came, []
+        return came
+
+    def _welcome(self, connected: socket.socket) -> None:
+        if (greeted := self._greet(connected)) is not None:
+            with self._lock:
+                if self._shut:
+                    greeted[0].close()
+                else:
+                    self._came.append(greeted)
+
+    def __enter__(self) -> "Door":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody is let in any more."""
+        self._listener.close()
+        with self._lock:
+            self._shut = True
+            for connected, _ in self._came:
+                connected.close()
 
 
 def _seat(
