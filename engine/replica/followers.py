@@ -43,7 +43,7 @@ class Followers:
         self._theirs: dict[int, dict[int, int]] = {}
         self._since: deque[float] = deque()  # when the plans in flight were launched
         self._number = self._skipped = 0
-        self._closing = False
+        self._closing = threading.Event()
         self._forgotten: deque[orders.Key] = deque()
         for rank, channel in enumerate(channels, 1):
             threading.Thread(target=self._read, args=(rank, channel), name=channel.peer, daemon=True).start()
@@ -62,7 +62,7 @@ class Followers:
 
     def close(self) -> None:
         """End all channels; the followers end with them."""
-        self._closing = True
+        self._closing.set()
         for channel in self.channels:
             channel.close()
 
@@ -120,7 +120,7 @@ class Followers:
             while True:
                 self._take(rank, channel.receive())
         except GroupLost as error:
-            if not self._closing:
+            if not self._closing.is_set():
                 self._lost(f"rank {rank}: {error}")
 
     def _take(self, rank: int, answer: object) -> None:
@@ -153,8 +153,7 @@ class Followers:
             del self._ours[number], self._theirs[number]
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(LOOK_S)
+        while not self._closing.wait(LOOK_S):
             since = next(iter(self._since.copy()), None)
             if since is not None and time.monotonic() - since > STUCK_S:
                 self._lost(f"a step has not ended for {STUCK_S:.0f} s")

@@ -9,7 +9,7 @@ import pytest
 from engine.core.plan import StepResult
 from engine.core.request import Request, Sampling
 from engine.core.scheduler import LaneShape, Scheduler
-from engine.errors import DeviceError, Misfit
+from engine.errors import DeviceError, GroupLost, Misfit
 from engine.movers.spans import Span
 from engine.replica import followers as module
 from engine.replica import orders
@@ -91,8 +91,30 @@ class Answers:
 
     def receive(self):
         with self._lock:
-            self._lock.wait_for(lambda: self._ready)
+            self._lock.wait_for(lambda: self._ready or self._over.is_set())
+            if self._over.is_set():
+                raise GroupLost("closed")
             return self._ready.pop(0)
+
+    def close(self):
+        with self._lock:
+            self._over.set()
+            self._lock.notify_all()
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    """No thread of a leader outlives its test."""
+    made, begin = [], Followers.__init__
+
+    def kept(self, *about):
+        begin(self, *about)
+        made.append(self)
+
+    monkeypatch.setattr(Followers, "__init__", kept)
+    yield
+    for each in made:
+        each.close()
 
 
 @pytest.fixture
