@@ -61,7 +61,14 @@ class Channel:
                 self._shut()
 
     def receive(self) -> object:
-        """The next order or answer that is no Beat. Raises GroupLost."""
+        """The next order or answer that is no Beat. Raises GroupLost, and has ended the channel then."""
+        try:
+            return self._next()
+        except GroupLost:
+            self.free()
+            raise
+
+    def _next(self) -> object:
         while True:
             try:
                 prefix = read_prefix(self._take(PREFIX), MAX_BYTES, 0)
@@ -69,7 +76,6 @@ class Channel:
                 check_header(prefix, header)
                 found = from_frame(prefix.kind, header)
             except Malformed as error:
-                self.close()
                 raise GroupLost(f"{self.peer} said what is no order of this lane: {error}") from None
             if not isinstance(found, Beat):
                 return found
@@ -80,9 +86,10 @@ class Channel:
             self._shut()
 
     def free(self) -> None:
-        """End it where nobody receives."""
-        self.close()
-        self._socket.close()
+        """End it where nobody receives, or nobody else."""
+        with self._lock:
+            self._shut()
+            self._socket.close()
 
     def _shut(self) -> None:
         self._over.set()
@@ -94,7 +101,6 @@ class Channel:
         while len(self._data) < count:
             silent = 0 if self._read() else silent + 1
             if silent >= SILENT:
-                self.close()
                 raise GroupLost(f"{self.peer} has said nothing for {SILENT * BEAT_S:.0f} s")
         found = bytes(self._data[:count])
         del self._data[:count]
