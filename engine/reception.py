@@ -44,7 +44,8 @@ class Reception:
     def _seated(self, sender: str, words: dict) -> Seat | None:
         if words.get("event") != "hello":
             return None
-        seat = self._seats.get((str(words.get("lane")), words.get("rank", -1)))
+        rank = words.get("rank")
+        seat = self._seats.get((str(words.get("lane")), rank if isinstance(rank, int) else -1))
         if seat is None:
             self._say(sender, {"refused": "this cluster has no such lane and rank; is its topology the same here?"})
         elif seat.come(sender, lambda words: self._say(sender, words)):
