@@ -23,6 +23,11 @@ MOST_VIRTUAL = 64
 INSTALL = "pip install 'serac[cuda]'"
 
 
+def programs_folder(environment: Mapping[str, str]) -> Path:
+    """Where compiled programs are kept unless told otherwise."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serac" / "programs"
+
+
 def gpu_problem() -> str | None:
     """Why this machine's GPUs cannot be used, None when they can."""
     if not DRIVER.exists():

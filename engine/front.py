@@ -139,7 +139,8 @@ class Front:
             remote.hear(sender, message)
 
     def _gone(self, peer: str) -> None:
-        self._reception.gone(peer)
+        if self._reception.gone(peer):
+            self._links.forget(peer)  # the next one has another name
         if (remote := self._remote) is not None:
             remote.gone(peer)
 

@@ -36,10 +36,11 @@ class Reception:
         if seat is not None:
             seat.heard(words)
 
-    def gone(self, sender: str) -> None:
-        """The connection of a process has ended."""
+    def gone(self, sender: str) -> bool:
+        """The connection of a process has ended; whether it had a seat."""
         if (seat := self._sitting.pop(sender, None)) is not None:
             seat.gone(sender)
+        return seat is not None
 
     def _seated(self, sender: str, words: dict) -> Seat | None:
         if words.get("event") != "hello":

@@ -32,7 +32,7 @@ GRACE_S = 10.0
 STAGE_S = 0.25  # between two words of the same stage
 AGAIN_S = 1.0  # between two hellos to a front that does not answer
 SILENT = 30  # turns of a second without a line
-KEPT = ("start", "front", "tls")
+KEPT = ("start", "front")
 
 logger = logging.getLogger("serac.worker")
 
@@ -138,7 +138,6 @@ class Starter:
                 break
             if "tls" in words and self.on_tls is not None:
                 self.on_tls(words["tls"])
-                continue
             for key in KEPT:
                 if key in words:
                     self._heard[key].put(words)

@@ -17,6 +17,7 @@ DEVICE = {"engine.models", "engine.weights", "sharding", "pallas_kernels", "jax"
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 BUILT = {
     "engine.core",
+    "engine.environment",
     "engine.lanes",
     "engine.movers",
     "engine.planning",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.cluster.checks import REQUIREMENT, Facts
 from engine.cluster.found import interface, look
-from engine.environment import gpu_problem
+from engine.environment import gpu_problem, programs_folder
 
 SMI = ("nvidia-smi", "--query-gpu=memory.free,memory.total,driver_version", "--format=csv,noheader,nounits")
 SMI_S = 5.0
@@ -45,7 +45,7 @@ def gather(address: str, cache: Path | None, ports: Mapping[str, tuple[str, int]
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         clock_ratio=_clock_ratio(),
         wall_s=time.time(),
-        cache_problem=cache_problem(cache or default_cache()),
+        cache_problem=cache_problem(cache or programs_folder(os.environ)),
         taken=[name for name, where in ports.items() if taken(*where)],
         interface=interface(address),
         named=named(address),
@@ -107,11 +107,6 @@ def _clock_ratio() -> float:
     time.sleep(SAMPLE_S)
     passed = time.time() - wall
     return (time.monotonic() - monotonic) / passed if passed > 0 else 0.0
-
-
-def default_cache() -> Path:
-    """Where a server keeps its compiled programs unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serac" / "programs"
 
 
 def cache_problem(folder: Path) -> str:

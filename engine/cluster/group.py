@@ -22,12 +22,11 @@ class Group:
     patient  who has not come is named again and again, and waited for
     """
 
-    def __init__(self, lane: str, hosts: Sequence[str], now: float, patient: bool = False):
-        self._patient = patient
+    def __init__(self, hosts: Sequence[str], now: float, patient: bool = False):
         self.problem, self.code = "", 0
         self.facts: dict | None = None  # of rank 0, once all are ready
         self.stages: dict[int, tuple[str, int, int]] = {}
-        self._lane, self._hosts, self._began = lane, hosts, now
+        self._hosts, self._began, self._patient = hosts, now, patient
         self._hellos: dict[int, dict] = {}
         self._ready: dict[int, dict] = {}
 
@@ -38,7 +37,7 @@ class Group:
                 self._hellos[rank] = words
                 return self._start() if self._started else []
             case "stage":
-                self.stages[rank] = str(words.get("stage", "")), int(words.get("done", 0)), int(words.get("of", 0))
+                self.stages[rank] = str(words.get("stage", "")), _count(words, "done"), _count(words, "of")
             case "ready":
                 self._ready[rank] = words
                 if len(self._ready) == len(self._hosts):
@@ -78,15 +77,25 @@ class Group:
     def _start(self) -> list[Said]:
         first = self._hellos[0]
         for rank, hello in sorted(self._hellos.items()):
-            if difference := unlike(first["alike"], hello["alike"]):
+            if difference := unlike(_alike(first), _alike(hello)):
                 self.code, self.problem = Misfit.exit_code, f"{self._who(rank)}: {difference}"
                 return []
         words = {name: first.get(name, "") for name in ("orders", "coordinator")}
-        words |= {"secret": secrets.token_hex(32), "epoch": secrets.token_hex(8)}
+        words |= {"secret": secrets.token_hex(32)}
         return [(rank, {"start": dict(words)}) for rank in range(len(self._hosts))]
 
     def _who(self, rank: int) -> str:
         return f"{f'rank {rank}' if len(self._hosts) > 1 else 'its process'} on {self._hosts[rank]}"
+
+
+def _count(words: dict, name: str) -> int:
+    """A number of a line; 0 for what is none, as a process of another release may say anything."""
+    return words[name] if isinstance(words.get(name), int) else 0
+
+
+def _alike(hello: dict) -> dict[str, str]:
+    """What must be alike, as a hello says it; nothing where it says no such thing."""
+    return hello["alike"] if isinstance(hello.get("alike"), dict) else {}
 
 
 def unlike(mine: dict[str, str], theirs: dict[str, str]) -> str:
@@ -94,6 +103,6 @@ def unlike(mine: dict[str, str], theirs: dict[str, str]) -> str:
     for name in sorted(mine.keys() | theirs.keys()):
         here, there = mine.get(name), theirs.get(name)
         if here != there:
-            there, here = ("not set" if value is None else f"{value:.64}" for value in (there, here))
+            there, here = ("not set" if value is None else str(value)[:64] for value in (there, here))
             return f"{name} is {there}, and at rank 0 it is {here}; all processes of a lane need the same"
     return ""

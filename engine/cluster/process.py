@@ -23,6 +23,7 @@ from typing import IO, Protocol
 from engine.errors import GroupLost, Unavailable
 
 LAST_LINES = 20
+MOST_EARLY = 16  # its hello is the first
 ERROR = "serac: error: "
 OF_SSH = 255  # its own exit code, and that of a process that was killed there
 
@@ -169,10 +170,10 @@ class Seat:
     def heard(self, words: dict) -> None:
         """A line of who sits here."""
         with self._lock:
-            if self._put is None:
-                self._early.append(words)
-            else:
+            if self._put is not None:
                 self._put((self.rank, words))
+            elif len(self._early) < MOST_EARLY:
+                self._early.append(words)
 
     def gone(self, who: str) -> None:
         """The connection of `who` has ended."""

@@ -21,8 +21,6 @@ from engine.cluster.process import Command, Process, Put, Seat, Started
 from engine.cluster.rank_logs import NOWHERE, RankLogs
 from engine.errors import ConfigError, GroupLost, Misfit, SeracError, Unavailable
 
-__all__ = ["Command", "Supervisor"]
-
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 STEADY_S = 60.0  # a lane that lived so long starts with a fresh count
 MOST_STARTS = 6
@@ -120,10 +118,14 @@ class Worker:
         events: queue.SimpleQueue[tuple[int, dict | None]] = queue.SimpleQueue()
         self.name, first, beat_at = "", 0, 0.0
         self._renewing.clear()
-        self.processes = self._begin(events.put)
+        try:
+            self.processes = self._begin(events.put)
+        except OSError as error:  # a program that is not there, too many processes
+            self.problem = f"its process cannot be started ({error.strerror})"
+            return ConfigError.exit_code
         hosts = [process.host for process in self.processes]
         self.lives, self.began_at = self.lives + 1, time.monotonic()
-        group = self.group = Group(self.slot, hosts, self.began_at, patient=not self._ours)
+        group = self.group = Group(hosts, self.began_at, patient=not self._ours)
         while not (self._stopping.is_set() or self._renewing.is_set() or group.code):
             now = time.monotonic()
             if notice := group.look(now):
@@ -238,8 +240,16 @@ def _worker(
     """A lane whose processes are started here, or come."""
 
     def start(put: Put) -> Sequence[Process]:
-        commands = [each for each in processes if isinstance(each, Command)]
-        return [Started(slot, rank, each, put, logs.of(slot, rank)) for rank, each in enumerate(commands)]
+        made: list[Started] = []
+        try:
+            for rank, each in enumerate(each for each in processes if isinstance(each, Command)):
+                made.append(Started(slot, rank, each, put, logs.of(slot, rank)))
+        except OSError:
+            for begun in made:
+                begun.leave(0)
+                begun.end(time.monotonic() + STOP_S)
+            raise
+        return made
 
     def seat(put: Put) -> Sequence[Process]:
         seats = [each for each in processes if isinstance(each, Seat)]

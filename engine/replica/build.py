@@ -22,6 +22,7 @@ from engine.core import prefix
 from engine.core.agent import Agent
 from engine.core.request import Limits
 from engine.core.scheduler import LaneShape, Scheduler
+from engine.environment import programs_folder
 from engine.errors import ConfigError, wrong
 from engine.lanes import LaneSpec, alike, move, parse_lanes, spoken
 from engine.models.config import ModelConfig, from_hf
@@ -269,7 +270,7 @@ def _spec(text: str, config: ModelConfig, visible: int) -> MeshSpec:
 
 def use_compile_cache(folder: Path | None) -> None:
     """Keep compiled programs in `folder`, private to the user; go on without, with a warning, where that fails."""
-    chosen = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serac" / "programs"
+    chosen = folder or programs_folder(os.environ)
     try:
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
         chosen.chmod(0o700)

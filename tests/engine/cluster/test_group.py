@@ -19,20 +19,20 @@ def ready(rank):
 
 
 def test_all_are_told_to_start_when_the_last_has_come_with_what_the_first_listens_at():
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     assert group.heard(2, hello()) == [] and not group.heard(0, hello(orders="there:1", coordinator="there:2"))
     said = group.heard(1, hello())
     assert [rank for rank, _ in said] == [0, 1, 2]
     start = said[0][1]["start"]
     assert all(words == {"start": start} for _, words in said)
     assert (start["orders"], start["coordinator"]) == ("there:1", "there:2")
-    assert len(bytes.fromhex(start["secret"])) == 32 and start["epoch"]
-    other = Group("p0", ("h",), 0.0).heard(0, hello())[0][1]["start"]
-    assert other["secret"] != start["secret"] and other["epoch"] != start["epoch"] and other["orders"] == ""
+    assert len(bytes.fromhex(start["secret"])) == 32
+    other = Group(("h",), 0.0).heard(0, hello())[0][1]["start"]
+    assert other["secret"] != start["secret"] and other["orders"] == ""
 
 
 def test_a_lane_is_ready_when_every_process_is_and_by_the_words_of_the_first():
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     for rank in range(3):
         group.heard(rank, hello())
     for rank in (1, 0):
@@ -50,13 +50,13 @@ def test_a_lane_is_ready_when_every_process_is_and_by_the_words_of_the_first():
     ],
 )
 def test_one_that_does_not_fit_is_named_with_the_difference_and_nobody_starts(theirs, words):
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     said = [*group.heard(0, hello()), *group.heard(1, hello(theirs)), *group.heard(2, hello())]
     assert said == [] and group.code == 78 and group.problem.startswith(words)
 
 
 def test_who_has_not_come_in_time_is_named_once_by_rank_and_host():
-    group = Group("p0", HOSTS, 5.0)
+    group = Group(HOSTS, 5.0)
     group.heard(0, hello())
     group.heard(2, hello())
     assert group.look(5.0 + HELLO_S) == "" and group.code == 0
@@ -66,12 +66,12 @@ def test_who_has_not_come_in_time_is_named_once_by_rank_and_host():
 
 
 def test_the_only_process_of_a_lane_has_no_rank_in_a_message():
-    group = Group("d0", ("this host",), 0.0)
+    group = Group(("this host",), 0.0)
     assert group.look(HELLO_S + 1).startswith("its process on this host has said nothing")
 
 
 def test_a_patient_group_names_who_is_missing_again_and_again_and_waits():
-    group = Group("p0", HOSTS, 0.0, patient=True)
+    group = Group(HOSTS, 0.0, patient=True)
     assert not group.begun
     times = [second for second in range(40) if group.look(float(second))]
     assert times == [11, 22, 33] and group.code == 0 and group.problem == ""
@@ -81,24 +81,24 @@ def test_a_patient_group_names_who_is_missing_again_and_again_and_waits():
 
 
 def test_a_group_that_has_started_misses_nobody_and_a_second_hello_changes_nothing():
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     for rank in range(3):
         group.heard(rank, hello())
     assert group.heard(1, hello({"jax": "1"})) == [] and group.look(1e6) == "" and group.code == 0
 
 
 def test_the_first_reason_that_a_process_gives_is_the_problem():
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     group.heard(2, {"event": "lost", "reason": "the leader of p0 has ended"})
     group.heard(0, {"event": "lost", "reason": "x" * 9000})
     assert group.problem == "rank 2 on h2: the leader of p0 has ended" and group.code == 0
-    long = Group("p0", HOSTS, 0.0)
+    long = Group(HOSTS, 0.0)
     long.heard(0, {"event": "lost", "reason": "x" * 9000})
     assert len(long.problem) < 600
 
 
 def test_how_far_each_has_come_is_kept_by_rank():
-    group = Group("p0", HOSTS, 0.0)
+    group = Group(HOSTS, 0.0)
     group.heard(1, {"event": "stage", "stage": "load", "done": 3, "of": 9})
     group.heard(1, {"event": "stage", "stage": "compile", "done": 1, "of": 2})
     group.heard(2, {"event": "stage"})
@@ -110,7 +110,7 @@ def test_how_far_each_has_come_is_kept_by_rank():
 def test_whatever_comes_in_whatever_order_a_lane_starts_once_and_is_ready_only_when_whole(seed):
     rng = random.Random(seed)
     hosts = tuple(f"h{k}" for k in range(rng.randint(1, 5)))
-    group, now, came, done, started = Group("p0", hosts, 0.0), 0.0, {}, set(), 0
+    group, now, came, done, started = Group(hosts, 0.0), 0.0, {}, set(), 0
     for _ in range(60):
         rank = rng.randrange(len(hosts))
         match rng.choice(("hello", "hello", "ready", "stage", "look", "lost")):

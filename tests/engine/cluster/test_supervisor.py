@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import subprocess
 import sys
 import time
 
@@ -264,3 +265,16 @@ def test_a_mistake_of_one_process_of_several_is_told_with_its_rank_and_host(star
     wrong = "import sys; print('serac: error: devices: got 1', file=sys.stderr); sys.exit(2)"
     with pytest.raises(ConfigError, match="^lane w0: rank 1 on h1: devices: got 1$"):
         start([LIVES, wrong])
+
+
+def test_a_program_that_is_not_there_is_a_mistake_and_leaves_no_other_process_behind(told, monkeypatch):
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: begun.append(popen(*a, **k)) or begun[-1])
+    script = "import time; time.sleep(60)"
+    there, gone = Command([sys.executable, "-c", script], os.environ), Command(["/no/such/program"], os.environ)
+    made = Supervisor({"w0": [there, gone]}, told)
+    with pytest.raises(
+        ConfigError, match=r"^lane w0: its process cannot be started \(No such file"
+    ):
+        made.start(lambda *_: None)
+    assert [each.poll() for each in begun] == [-15]
