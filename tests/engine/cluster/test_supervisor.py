@@ -273,8 +273,6 @@ def test_a_program_that_is_not_there_is_a_mistake_and_leaves_no_other_process_be
     script = "import time; time.sleep(60)"
     there, gone = Command([sys.executable, "-c", script], os.environ), Command(["/no/such/program"], os.environ)
     made = Supervisor({"w0": [there, gone]}, told)
-    with pytest.raises(
-        ConfigError, match=r"^lane w0: its process cannot be started \(No such file"
-    ):
+    with pytest.raises(ConfigError, match=r"^lane w0: its process cannot be started \(No such file"):
         made.start(lambda *_: None)
     assert [each.poll() for each in begun] == [-15]
