@@ -19,8 +19,10 @@ No token differed, and every block was free again. Measured once, on two busy co
     refused by name                   host missing 69, version 78, settings 78, mesh 2, weights 78: within 20
 """
 
+import contextlib
 import importlib.metadata
 import os
+import random
 import shutil
 import signal
 import sys
@@ -40,6 +42,7 @@ KINDS = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 7}]
 ASKED = [(prompt, kind | {"max_tokens": 90, "ignore_eos": True}) for prompt in PROMPTS for kind in KINDS]
 NOTICE_S, BACK_S = 12.0, 400.0  # where other programs compute too
 GONE_S = 40.0
+FAULTS = int(os.environ.get("SERAC_FAULTS", "4"))
 CUT = [("p0", 0), ("p0", 1), ("d0", 0)]
 
 
@@ -79,7 +82,9 @@ def suffer(made, wanted, what, lane, act, heal_s=0.0, heal=None):
     back = made.wait(lambda: made.client.load()["lanes"] == 2 and made.lane(lane).state == "ready", BACK_S)
     timer.join()
     times = {"noticed": noticed, "freed": freed, "back": back} | ({"resumed": min(after)} if after else {})
-    print(f"\n{what}: " + ", ".join(f"{each} {at - began:.2f} s" for each, at in times.items()))
+    took = {each: at - began for each, at in times.items()}
+    print(f"\n{what}: " + ", ".join(f"{each} {seconds:.2f} s" for each, seconds in took.items()), flush=True)
+    return took
 
 
 def test_the_cluster_answers_as_one_device_does(made, wanted):
@@ -97,9 +102,7 @@ def test_streams_outlive_any_process(made, wanted, lane, rank, how):
     held = made.workers(made.host(lane, rank))
 
     def heal():
-        for pid in held:
-            if os.path.exists(f"/proc/{pid}"):
-                os.kill(pid, signal.SIGCONT)
+        send(held, signal.SIGCONT)
 
     suffer(made, wanted, f"{lane}/{rank} {how.name}", lane, lambda: made.kill(lane, rank, how), 20.0, heal)
     made.wait(lambda: sum(map(len, made.left().values())) == 3, GONE_S)
@@ -137,6 +140,47 @@ def test_streams_outlive_an_ssh_client(made, wanted):
     """Costs a start of the lane."""
     act = lambda: [os.kill(pid, signal.SIGKILL) for pid in made.ssh_of("d0")]  # noqa: E731
     suffer(made, wanted, "ssh of d0 killed", "d0", act)
+
+
+def test_faults_by_chance_one_after_another(made, wanted):
+    """Costs a start of a lane each, half a minute on free cores; SERAC_FAULTS says how many."""
+    rng, times = random.Random(6), {kind: [] for kind in ("killed", "stopped", "cable", "ssh")}
+    for number in range(FAULTS):
+        kind, (lane, rank) = rng.choice(list(times)), rng.choice(CUT)
+        held, host = made.workers(made.host(lane, rank)), made.host(lane, rank)
+        acts = {
+            "killed": (held, signal.SIGKILL),
+            "stopped": (held, signal.SIGSTOP),
+            "ssh": (made.ssh_of(lane, rank), signal.SIGKILL),
+        }
+
+        def act(kind=kind, host=host, acts=acts):
+            if kind == "cable":
+                host.down()
+            else:
+                send(*acts[kind])
+
+        def heal(kind=kind, held=held):
+            if kind == "stopped":
+                send(held, signal.SIGCONT)
+            made.hosts.heal()
+
+        took = suffer(made, wanted, f"{number}: {lane}/{rank} {kind}", lane, act, rng.choice([5.0, 8.0]), heal)
+        made.wait(lambda: sum(map(len, made.left().values())) == 3, GONE_S)
+        times[kind].append(took)
+    for kind, all_of_it in times.items():
+        for what in ("noticed", "resumed", "back"):
+            seconds = sorted(took[what] for took in all_of_it if what in took)
+            if seconds:
+                middle, nine = seconds[len(seconds) // 2], seconds[len(seconds) * 9 // 10]
+                print(f"{kind:8} {what:8} {len(seconds):4} {middle:7.2f} {nine:7.2f} {seconds[-1]:7.2f}")
+
+
+def send(pids, how):
+    """A signal to processes that may be gone."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, how)
 
 
 def test_nothing_is_left_of_a_launcher_that_is_killed(made):
