@@ -77,11 +77,15 @@ class Fence(NamedTuple):
 
 
 class Meet(NamedTuple):
-    """Lane `lane` of `tp` devices can be reached at `addresses`, one a process; it knows as much of you."""
+    """Lane `lane` of `tp` devices can be reached at `addresses`, one a process; it knows as much of you.
+
+    foreign  it is of another cluster, whose front tells it nothing of you
+    """
 
     lane: str
     addresses: tuple[str, ...]
     tp: int = 1
+    foreign: bool = False
 
 
 class Prefixes(NamedTuple):

@@ -380,7 +380,7 @@ class Router:
             target.place(track.serial, 1 if track is journey.tracks[0] else 0)
         self.handoffs += 1
         parts = tuple(Part(track.serial, track.choice) for track in journey.tracks)
-        self._to(target.name, Meet(claim.lane, claim.addresses, claim.tp))
+        self._to(target.name, Meet(claim.lane, claim.addresses, claim.tp, True))
         submit = Submit(request, journey.seed, parts)
         self._to(target.name, Expect(claim.handoff, claim.lane, submit, claim.ticket, held=True))
 

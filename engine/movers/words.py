@@ -249,7 +249,7 @@ CARRIED: Mapping[int, tuple[type, Field]] = {
     19: (messages.Cancel, group(messages.Cancel, wholes("ss"), HANDOFF, text("re", WORDS))),
     20: (messages.Hold, group(messages.Hold, wholes("ss"), switch("hd"))),
     21: (messages.Fence, group(messages.Fence, text("ln", NAME))),
-    22: (messages.Meet, group(messages.Meet, text("ln", NAME), texts("ad"), whole("tp", 1))),
+    22: (messages.Meet, group(messages.Meet, text("ln", NAME), texts("ad"), whole("tp", 1), switch("fo"))),
     23: (messages.Prefixes, group(messages.Prefixes, switch("te"), switch("fo"))),
     32: (messages.Started, group(messages.Started, SERIAL, whole("ca"))),
     33: (Emission, group(Emission, array("ss", WIDE), array("to", INT), array("po", WIDE), *FULL, holds=_alike)),

@@ -8,7 +8,9 @@ Where the lane spans processes this is its leader: the others hear what it does 
 each moves its own heads.
 """
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from engine.clock import Clock
@@ -17,6 +19,7 @@ from engine.core.handoff import Parts
 from engine.core.membership import Member, Said
 from engine.core.messages import FRONT, Fence, Meet
 from engine.core.roles import Role
+from engine.errors import ConfigError
 from engine.movers.spans import Span
 from engine.replica import orders
 from engine.replica.followers import Followers
@@ -28,6 +31,7 @@ from engine.replica.moves import Bytes, Moves, Reach
 ALONE = Span(1, 1)
 TICK_S = 0.05
 HUNG_S = 30.0
+REMEMBERED = 256  # lanes that are gone
 
 
 class Joined:
@@ -86,11 +90,13 @@ class Life:
         self._clock, self._followers, self._lock = clock, followers, threading.Lock()
         self.lane = make_lane(name, self)
         self.lane.connect(self._say)
+        self._fenced, self._peers = deque[str](maxlen=REMEMBERED), threading.Lock()
         self._wholes, self._landing = Wholes(span.processes, followers.forget), threading.Lock()
         followers.hear = self._have
         self._moves = Moves(name, 0, span, reach, content, clock, self._hear, self._landed)
         self._moves.links.meet(FRONT, reach.front)
         addresses = (*self._moves.links.addresses[:1], *followers.born(name))
+        self._me = Meet(name, addresses, span.tp)
         self._member = Member(name, role, clock.now(), addresses, span.tp)
         self._thread = threading.Thread(target=self.lane.run, daemon=True)
         self._thread.start()
@@ -128,18 +134,35 @@ class Life:
         if sender != FRONT:
             if isinstance(message, handoff.Message):
                 self.lane.hear(sender, message)
+            elif isinstance(message, Meet) and message.lane == sender:
+                with contextlib.suppress(ConfigError):  # it is nowhere that we may go
+                    self._meet(message)
             return
         with self._lock:
             heard = self._member.receive(self._clock.now(), message)  # type: ignore[arg-type]
         for each in heard:
             if isinstance(each, Meet):
-                self._moves.meet(*each)
-                self._followers.say(orders.Known(*each))
+                self._meet(each)
+                if each.foreign:
+                    self._moves.links.post(each.lane, self._me)
                 continue
             if isinstance(each, Fence):
-                self._moves.forget(each.lane)
-                self._followers.say(orders.Forget(each.lane))
+                self._forget(each.lane)
             self.lane.hear(FRONT, each)
+
+    def _meet(self, other: Meet) -> None:
+        """Where each process of another lane is reached, for each of ours."""
+        with self._peers:
+            if other.lane not in self._fenced:
+                self._moves.meet(other.lane, other.addresses, other.tp)
+                self._followers.say(orders.Known(other.lane, other.addresses, other.tp))
+
+    def _forget(self, lane: str) -> None:
+        """A lane is gone for ever; what it still says of itself is not taken."""
+        with self._peers:
+            self._fenced.append(lane)
+            self._moves.forget(lane)
+            self._followers.say(orders.Forget(lane))
 
     def _landed(self, lane: str, part: Parts) -> None:
         """All heads of this process are here, or not as they were sent."""

@@ -139,7 +139,7 @@ def test_what_one_replica_holds_another_decodes_token_for_token(length):
     claim = two.offer(prompt)
     assert isinstance(claim, Claim) and claim.lane == "p0.1" and claim.handoff >= FIRST
     request = two.ask("r", prompt, claim)
-    assert two.d.router.outbox[0] == ("d0.1", Meet("p0.1", (), 1))
+    assert two.d.router.outbox[0] == ("d0.1", Meet("p0.1", (), 1, foreign=True))
     two.finish(within_s=5.0).check("r", request)
     assert two.moved == -(-(length - 1) // BLOCK) and two.d.router.recoveries == 0
 

@@ -145,7 +145,7 @@ class Drawn:
             messages.Cancel: lambda: messages.Cancel(tuple(n() for _ in range(3)), n(), self.words()),
             messages.Hold: lambda: messages.Hold((n(),), rng.random() < 0.5),
             messages.Fence: lambda: messages.Fence(self.words()),
-            messages.Meet: lambda: messages.Meet(self.words(), ("127.0.0.1:1",), 1 + n()),
+            messages.Meet: lambda: messages.Meet(self.words(), ("127.0.0.1:1",), 1 + n(), rng.random() < 0.5),
             messages.Prefixes: lambda: messages.Prefixes(rng.random() < 0.5, rng.random() < 0.5),
             messages.Blocks: lambda: messages.Blocks(rng.random() < 0.5, self.news()),
             messages.Started: lambda: messages.Started(n(), n()),

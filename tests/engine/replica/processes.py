@@ -128,10 +128,9 @@ class Processes:
     def addresses(self):
         return self.life._member._hello.addresses
 
-    def meets(self, other):
+    def meets(self, other, foreign=False):
         """What the front says to introduce another lane."""
-        meet = Meet(other.life.lane.name, other.addresses, other.span.tp)
-        self.hears(meet)
+        self.hears(Meet(other.life.lane.name, other.addresses, other.span.tp, foreign))
 
     def hears(self, message):
         """From the front."""

@@ -152,6 +152,19 @@ def fill(lane, seed):
 SPANS = [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 2), (2, 2)), ((4, 2), (8, 4)), ((8, 4), (4, 2)), ((4, 4), (2, 1))]
 
 
+def test_a_lane_says_where_its_processes_are_to_one_of_another_cluster(make):
+    """Which holds a prompt for it."""
+    holder, claimer = make("p0", 2, 1, 8), make("d1", 4, 2, 8)
+    for lane in (holder, claimer):
+        lane.live(f"{lane.slot}.a")
+    claimer.meets(holder, foreign=True)
+    until(lambda: "d1.a" in holder.life._moves._others)
+    numbers = fill(holder, 7)
+    move(holder, claimer, 12, [3, 9], [7, 2])
+    for each in claimer.devices:
+        until(lambda each=each: (each.kv[[7, 2]] == numbers[[3, 9]]).all())
+
+
 @pytest.mark.parametrize("kv_heads", [1, 8])
 @pytest.mark.parametrize("one, other", SPANS, ids=str)
 def test_kv_goes_exact_from_any_span_to_any_other_and_back(make, one, other, kv_heads):
