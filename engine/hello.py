@@ -22,7 +22,7 @@ from engine.movers.sockets import address_of
 
 PROCESSES, RANK = whole(1, 4096), whole(0, 4095)
 VERSIONS = ("serac", "jax", "jaxlib", "numpy")
-OF_A_RANK = ("plan_log",)  # settings that may differ within a lane
+OF_A_RANK = ("plan_log", "compile_cache", "log_level")  # settings that may differ within a lane
 
 
 class Place(NamedTuple):
