@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.memory import ROWS, box_bytes, swizzled
-from pallas_kernels.mosaic.tiles import Tiles
+from pallas_kernels.mosaic.tiles import BOX, Tiles
 
 
 class Sizes(NamedTuple):
@@ -193,7 +193,7 @@ def fetch_queries(refs: Refs, sizes: Sizes, what: Item, done: jax.Array) -> None
     pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_free))
     for group in range(2):
         kv_head, head = heads_of(sizes, what, group)
-        token = what.at.token + group * sizes.next_token
+        token = pl.multiple_of(what.at.token + group * sizes.next_token, BOX)
         for j in range(sizes.own_heads):
             n = kv_head * sizes.G + jnp.minimum(head + j, sizes.G - 1)  # a surplus head is some other's double
             goal = refs.q_tiles.at[group, pl.ds(j * sizes.own_tokens, sizes.own_tokens)]

@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic.chunk_items import Refs, Sizes, out_width, produce, shared_memory
 from pallas_kernels.mosaic.chunk_softmax import LOG2_E, consume
 from pallas_kernels.mosaic.memory import ROWS
-from pallas_kernels.mosaic.tiles import list_tiles, places
+from pallas_kernels.mosaic.tiles import BOX, list_tiles, places
 from pallas_kernels.pools import Pool, Scaled
 from pallas_kernels.rows import Rows
 from pallas_kernels.shape import Shape
@@ -120,7 +120,7 @@ def attend(
     config = config or rule(shape, T, B)
     t = 2 * ROWS // config.heads
     parts = -(-shape.group // config.heads)
-    q_TNH = jnp.pad(q_TNH, ((0, max(t - T, 0)), (0, 0), (0, 0)))
+    q_TNH = jnp.pad(q_TNH, ((0, max(t - T, -T % BOX)), (0, 0), (0, 0)))
     tiles = list_tiles(rows, len(q_TNH), t, config.tile, window)
     blocks = min(target.cores, len(tiles.token) * K * parts)
     sizes = Sizes(*config, K, shape.group, H, C, M, parts, blocks, scale, window, soft_cap, sinks_N is not None)

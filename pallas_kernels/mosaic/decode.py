@@ -143,6 +143,10 @@ def items(
 ) -> tuple[jax.Array, jax.Array]:
     """Each item's total [I, K, H, g], not divided by its mass, and its top and mass [I, K, 2, g]."""
     num_items, programs = work.row_I.shape[0], work.bound_X.shape[0] - 1
+    if sizes.apart != sizes.G:
+        q_BKGH = q_BNH.reshape(len(q_BNH), sizes.K, sizes.G, sizes.H)
+        q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, sizes.apart - sizes.G), (0, 0)))
+        q_BNH = q_BKGH.reshape(len(q_BNH), -1, sizes.H)
     # A copy of g heads must not be larger than what it copies from, which lies in tiles of eight.
     missing = max(sizes.g - q_BNH.shape[1], -q_BNH.shape[1] % 8)
     if missing:

@@ -55,7 +55,7 @@ def fetch(refs: Refs, sizes: Sizes, begin: jax.Array, item: jax.Array, done: jax
     nth = item - begin
     place = lax.rem(nth, 2)
     pl.when(nth >= 2)(lambda: plgpu.barrier_wait(refs.q_free.at[place]))
-    heads = pl.ds(head * sizes.G, sizes.g)  # those past the group are another's, or 0, and nobody looks at them
+    heads = pl.ds(head * sizes.apart, sizes.g)  # those past the group are another's, or 0: nobody looks at them
     plgpu.copy_gmem_to_smem(refs.q_BNH.at[row, heads], refs.q_tiles.at[place], refs.q_here.at[place])
 
     def tile(t, blocks):

@@ -48,6 +48,11 @@ class Sizes(NamedTuple):
         return -(-self.G // 8) * 8
 
     @property
+    def apart(self) -> int:
+        """Query heads from a kv head's first to the next one's: a copy begins where a box of 8 does, or fits it."""
+        return self.g if self.G % 8 and 8 % self.G else self.G
+
+    @property
     def box(self) -> int:
         """Positions that one copy brings."""
         return min(self.C, TILE)

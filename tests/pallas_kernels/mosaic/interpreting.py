@@ -4,12 +4,15 @@
     with interpreted(races=True):    and two unordered accesses, one of them a write, fail the test
     with watched() as race:          and `race()` tells whether there were any, for planted bugs
 
-Jax's interpreter lacks products whose left operand is in registers, which `multiply_registers` adds, and stores to
+A copy into boxes of 8 rows ends with the box that it begins in, unless it begins where one does: so does a GPU's,
+whose source is cut into boxes from its beginning on, and jax's interpreter copies all.
+It also lacks products whose left operand is in registers, which `multiply_registers` adds, and stores to
 an accumulator, which `store_registers` adds. Whoever imports this module is skipped where jax is older than its
 interpreter. A call costs seconds: tiny shapes only.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 
@@ -52,6 +55,8 @@ def watched(races=True):
     interpreter = jaxpr_interpret.JaxprInterpreter
     state, product = gpu_callbacks.GPURaceDetectionState, interpreter._interpret_wgmma_ref_p
     store, swap = primitives.wgmma_accumulator_store, interpreter._interpret_swap_p
+    copy = gpu_callbacks.copy_gmem_to_smem
+    gpu_callbacks.copy_gmem_to_smem = functools.partial(copy_in_boxes, shared=copy)
     gpu_callbacks.GPURaceDetectionState = remember
     interpreter._interpret_wgmma_ref_p = functools.partialmethod(multiply, shared=product)
     primitives.wgmma_accumulator_store = lambda ref, x: ref_swap(ref, None, x)
@@ -65,8 +70,34 @@ def watched(races=True):
         gpu_callbacks.GPURaceDetectionState = state
         interpreter._interpret_wgmma_ref_p = product
         primitives.wgmma_accumulator_store = store
+        gpu_callbacks.copy_gmem_to_smem = copy
         interpreter._interpret_swap_p = swap
         gpu_callbacks.reset_gpu_interpret_mode_state()  # an exception leaves memory behind
+
+
+def copy_in_boxes(*, src_transforms, dst_transforms, shared, **others):
+    """Jax's own copy, of those rows that a GPU would copy."""
+    boxes = [each.tiling[0] for each in dst_transforms if hasattr(each, "tiling")]
+    if boxes:
+        rows = places(src_transforms[-1])[-2][1]
+        fits = boxes[0] - int(rows.start) % boxes[0]
+        if fits < boxes[0] and rows.size > fits:
+            src_transforms, dst_transforms = (cut(each, fits) for each in (src_transforms, dst_transforms))
+    return shared(src_transforms=src_transforms, dst_transforms=dst_transforms, **others)
+
+
+def places(indexer):
+    """The slices among the indices, with where each stands."""
+    return [(i, each) for i, each in enumerate(indexer.indices) if hasattr(each, "size") and hasattr(each, "start")]
+
+
+def cut(transforms, rows):
+    """With so many rows, in the last dimension but one that has any."""
+    *before, indexer = transforms
+    index, old = places(indexer)[-2]
+    indices = list(indexer.indices)
+    indices[index] = dataclasses.replace(old, size=rows)
+    return (*before, dataclasses.replace(indexer, indices=tuple(indices)))
 
 
 def store_accumulator(interpreter, eqn, token, get_invals, shared):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic.tiles import list_tiles, places
+from pallas_kernels.mosaic.tiles import BOX, list_tiles, places
 from pallas_kernels.rows import Rows
 
 
@@ -18,8 +18,9 @@ def draw(rng, padding):
 @pytest.mark.parametrize("window", [None, 20])
 def test_every_token_of_a_row_is_in_one_tile_that_meets_all_it_sees(seed, window):
     rng = np.random.default_rng(seed)
-    t, s = 8, 16
+    t, s = [8, 16, 32][seed % 3], 16
     rows, T = draw(rng, padding=t)
+    T += -T % BOX
     tiles = list_tiles(rows, T, t, s, window)
     tile_T, place_T = places(rows, tiles, T, t)
     owner_T = np.full(T, -1)
@@ -27,7 +28,7 @@ def test_every_token_of_a_row_is_in_one_tile_that_meets_all_it_sees(seed, window
     assert (np.asarray(tiles.count)[live:] == 0).all()
     for w in range(live):
         row, token, low, high, first, count, place, begin, end = (int(column[w]) for column in tiles[:-1])
-        assert 0 <= token <= T - t and 0 <= low < high <= t
+        assert 0 <= token <= T - t and 0 <= low < high <= t and token % BOX == 0
         mine = np.arange(token + low, token + high)
         assert (owner_T[mine] == -1).all()
         owner_T[mine] = w
@@ -45,4 +46,4 @@ def test_longer_rows_and_later_tiles_come_first():
     rows = Rows(*(np.array(part, np.int32) for part in ([0, 10, 12], [0, 500, 90], [10, 2, 20])), None)
     tiles = list_tiles(rows, 40, 8, 16, None)
     assert np.asarray(tiles.row)[:6].tolist() == [1, 2, 2, 2, 0, 0]
-    assert np.asarray(tiles.token)[:6].tolist() == [10, 28, 20, 12, 8, 0]
+    assert np.asarray(tiles.token)[:6].tolist() == [8, 24, 16, 8, 8, 0]
