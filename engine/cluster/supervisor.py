@@ -1,7 +1,8 @@
 """Starts the processes of each lane and keeps them: a lane has one process, or several that live as one.
 
     start --> STARTING --all of a lane are there and ready (engine/cluster/group.py)--> READY
-              any of them exits, or says no hello within HELLO_S --> all of them end --waits (doubling)--> STARTING
+              any of them exits, or says no hello within HELLO_S --> all of them end --waits--> STARTING
+              it served for less than was waited --> the next wait is double
               a configuration error (2), processes that do not fit (78), too many starts --> given up, and a host
               that is missing (69) when the lane was never ready
 
@@ -22,8 +23,7 @@ from engine.cluster.rank_logs import NOWHERE, RankLogs
 from engine.errors import ConfigError, GroupLost, Misfit, SeracError, Unavailable
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-STEADY_S = 60.0  # a lane that lived so long starts with a fresh count
-MOST_STARTS = 6
+MOST_STARTS = 6  # in a row after which it served no longer than it had been waited before
 STOP_S = 10.0
 LOOK_S = 0.2
 BEAT_S = 2.0  # a process that hears nothing for long takes itself for cut off
@@ -59,6 +59,7 @@ class Worker:
         self.problem = ""  # why it ended, in its own words
         self.code = self.first = 0  # of its last end, and the rank that ended first
         self.lives, self.began_at = 0, 0.0  # and when the present one did
+        self._ready_at: float | None = None  # since when it serves
         self.group: Group | None = None  # of the present life
         self._stopping, self._renewing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"worker {slot}", daemon=True)
@@ -89,27 +90,28 @@ class Worker:
     def _keep(self) -> None:
         wait_s, starts = FIRST_WAIT_S, 0
         while not self._stopping.is_set():
-            began = time.monotonic()
             code = self.code = self._live()
             if self._stopping.is_set():
                 return
             if self._renewing.is_set():
                 self._told(self.slot, {"event": "exit", "code": code, "name": self.name, "given_up": False})
                 continue
-            if time.monotonic() - began > STEADY_S:
+            if self._ready_at is not None and time.monotonic() - self._ready_at > wait_s:
                 wait_s, starts = FIRST_WAIT_S, 0
             starts += code != Unavailable.exit_code  # a host that is cut off comes back some time
             missing = code == Unavailable.exit_code and not self.served  # a person waits, and is told at once
             self.given_up = code in FINAL or missing or starts >= MOST_STARTS
             self._told(self.slot, {"event": "exit", "code": code, "name": self.name, "given_up": self.given_up})
-            if self.given_up:
-                return
-            logger.warning(
-                "lane %s ended with code %s%s; started again in %.1f s",
-                *(self.slot, code, f" ({self.problem})" if self.problem else "", wait_s),
-            )
+            if self.served or not self.given_up:
+                why = f" ({self.problem})" if self.problem else ""
+                level, then = logging.WARNING, f"started again in {wait_s:.1f} s"
+                if self.given_up:
+                    level, then = logging.ERROR, "given up: mend it and start all again"
+                logger.log(level, "lane %s ended with code %s%s; %s", self.slot, code, why, then)
             if self.served:  # at a start `refused` does it, once no more are tried
                 show_last(self)
+            if self.given_up:
+                return
             self._stopping.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -117,6 +119,7 @@ class Worker:
         """One life: from the start of all processes to the end of the first, and of the others with it."""
         events: queue.SimpleQueue[tuple[int, dict | None]] = queue.SimpleQueue()
         self.name, first, beat_at = "", 0, 0.0
+        self._ready_at = None
         self._renewing.clear()
         try:
             self.processes = self._begin(events.put)
@@ -159,7 +162,7 @@ class Worker:
         if words.get("event") in ("life", "stage"):
             self._told(self.slot, {**words, "rank": rank})
         elif group.facts is not None and not was_ready:
-            self.served = True
+            self.served, self._ready_at = True, time.monotonic()
             self._told(self.slot, group.facts)
 
     def _end(self) -> list[int]:

@@ -136,6 +136,29 @@ def test_a_worker_that_never_starts_is_given_up_after_waits_that_double(start, t
     assert time.monotonic() - began > 0.02 * (2 ** (supervisor.MOST_STARTS - 1) - 1)
 
 
+def test_a_lane_that_served_for_longer_than_it_was_waited_for_is_started_again_as_often_as_it_takes(start, told):
+    made, _ = start(LIVES)
+    for _ in range(supervisor.MOST_STARTS + 1):
+        time.sleep(0.1)
+        made.workers["w0"].say([{"exit": 1}])
+        assert not told.next("exit")[1]["given_up"]
+        told.next("ready")
+
+
+def test_a_lane_that_ends_as_soon_as_it_serves_is_given_up_and_the_log_says_so(start, told, monkeypatch, caplog):
+    monkeypatch.setattr(supervisor, "MOST_STARTS", 3)
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.5)
+    made, _ = start(LIVES)
+    exits = []
+    for _ in range(supervisor.MOST_STARTS):
+        told.next("ready")
+        made.workers["w0"].say([{"exit": 1}])
+        exits.append(told.next("exit")[1]["given_up"])
+    made.stop()
+    assert exits == [False, False, True]
+    assert "lane w0 ended with code 1; given up: mend it and start all again" in caplog.text
+
+
 def test_workers_that_were_ready_end_when_another_cannot_be_started(start, told):
     with pytest.raises(ConfigError):
         start(LIVES, "import time; time.sleep(0.5); raise SystemExit(2)")
