@@ -9,6 +9,7 @@ import sys
 BENCHES = {
     "mesh": "one row a mesh size: speed, collectives, memory beside the plan, equal tokens",
     "host": "what a step costs the host while the device does nothing",
+    "serve": "the whole engine on this device: the tokens of a CPU, tokens a second, a step over its floor",
     "decode": "the CPU decode step beside the time of reading the weights once",
     "kv": "a move of KV blocks between two lanes beside a memcpy, and what its checksums cost",
     "wire": "KV blocks from process to process over loopback beside a memcpy",
