@@ -1,6 +1,7 @@
 """The dependency rule, as a table: a package may import itself, the standard library and what is named here."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -195,11 +196,14 @@ def requirements(rows: Iterable[str]) -> set[str]:
     return {name.lower().replace("_", "-") for name in names}
 
 
+packages = functools.cache(packages_distributions)  # reads every installed file list
+
+
 def distributions(module: str) -> set[str]:
     """The distributions that may have brought a module; their metadata cannot tell those that share a name."""
     google = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
     known = [distribution for prefix, distribution in google.items() if under(module, [prefix])]
-    return requirements(known or packages_distributions().get(module.split(".")[0], []))
+    return requirements(known or packages().get(module.split(".")[0], []))
 
 
 def test_every_foreign_module_comes_from_a_declared_distribution():
