@@ -1,24 +1,28 @@
 #!/bin/bash
 # What a machine with a GPU is asked first, in parts that can be chosen: is it right there, then how fast is it?
 #
-#     bash bench/on_gpu.sh FOLDER facts right check speed kernels whole lanes      # any of them, in this order
+#     bash bench/on_gpu.sh FOLDER facts right check speed kernels whole lanes      # any of them, in any order
 #
 # Figures go to FOLDER/*.jsonl, what is said to FOLDER/on_gpu.log, and to the terminal. A part that fails or takes
-# too long does not keep the others from running. PYTHON says which Python (default: python3).
+# too long does not keep the others from running, and makes the exit code 1. PYTHON says which Python (default:
+# python3). CASE, MODELS, ROWS and SECONDS_CHECK, SECONDS_KERNELS, SECONDS_WHOLE narrow what is asked.
 set -uo pipefail
-folder=$1
+folder=$(mkdir -p "$1" && cd "$1" && pwd) || exit
 shift
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1 COLUMNS=200
 log=$folder/on_gpu.log
+rm -f "$folder/failed"
 
 part() {  # seconds, words...
     local limit=$1 began=$SECONDS
     shift
     echo "== $*"
     timeout -k 5 "$limit" "$@"
-    echo "== code $? after $((SECONDS - began)) s"
+    local code=$?
+    echo "== code $code after $((SECONDS - began)) s"
+    [ "$code" = 0 ] || echo "$*" >> "$folder/failed"
 }
 
 bench() {  # seconds, words...
@@ -70,7 +74,7 @@ max_num_seqs = 2
 max_num_batched_tokens = 64
 kv_memory = 268435456
 END
-        XLA_PYTHON_CLIENT_MEM_FRACTION=0.2 timeout 200 "$python" -m engine.cli launch "$folder/lab.toml" --over local \
+        XLA_PYTHON_CLIENT_MEM_FRACTION=0.2 timeout --foreground 200 "$python" -m engine.cli launch "$folder/lab.toml" --over local \
             > "$folder/ready.json" 2> "$folder/lanes.log" &
         until [ -s "$folder/ready.json" ] || [ -z "$(jobs -r)" ]; do sleep 0.5; done
         part 30 "$python" -m engine.cli generate "$(printf 'import os\nimport sys\n%.0s' {1..40})" --max-tokens 48 --temperature 0
@@ -81,3 +85,4 @@ END
         ;;
     esac
 done 2>&1 | tee "$log"
+[ ! -e "$folder/failed" ]

@@ -166,14 +166,7 @@ def one(llm: LLM, config: ModelConfig, asked: Mapping[str, Any], rows: int) -> d
     long, waited = ask(llm, rng, config, rows, asked["prompt"], LONG)
     step = (long - short) / (LONG - SHORT)
     facts: dict[str, Any] = llm.replica.describe
-    position = facts["kv_bytes"] / facts["num_blocks"] / facts["block_size"]
-    at = asked["prompt"] + (SHORT + LONG) / 2
-    weights = weights_bytes(config, 1, np.dtype(facts["dtype"]).itemsize)
-    if not config.tied:
-        weights -= config.vocab * config.width * np.dtype(facts["dtype"]).itemsize  # a step looks up a few rows
-    known = {device.target.kind: device.bytes_per_s for device in DEVICES.values()}
-    bandwidth = known.get(facts["device"])
-    floor = None if bandwidth is None else (weights + rows * at * position) / bandwidth
+    floor = floor_s(config, facts, rows * (asked["prompt"] + (SHORT + LONG) / 2))
     return {
         "model": asked["model"],
         "dtype": facts["dtype"],
@@ -189,6 +182,18 @@ def one(llm: LLM, config: ModelConfig, asked: Mapping[str, Any], rows: int) -> d
         "prompt tok/s": rows * asked["prompt"] / first,
         "waits": waited / long,
     }
+
+
+def floor_s(config: ModelConfig, facts: Mapping[str, Any], positions: float) -> float | None:
+    """Seconds to read the weights and so many positions once; None on a device without a data sheet here."""
+    known = {device.target.kind: device.bytes_per_s for device in DEVICES.values()}
+    if (bandwidth := known.get(facts["device"])) is None:
+        return None
+    itemsize = np.dtype(facts["dtype"]).itemsize
+    weights = weights_bytes(config, 1, itemsize)
+    if not config.tied:
+        weights -= config.vocab * config.width * itemsize  # of which a step looks up a few rows
+    return (weights + positions * facts["kv_bytes"] / facts["num_blocks"] / facts["block_size"]) / bandwidth
 
 
 def ask(

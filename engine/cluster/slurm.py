@@ -21,7 +21,7 @@ from engine.cluster.topology import Topology
 from engine.errors import ConfigError, Unavailable
 from engine.lanes import LaneSpec
 
-MOST_STARTS, STEADY_S = 6, 60  # as the supervisor has them
+MOST_STARTS, STEADY_S = 6, 60  # in a row, of lives shorter than that: a script does not see when a lane serves
 AGAIN = 75
 FINAL = (0, 2, 78)  # drained, configuration, versions
 MINUTE_S = 60

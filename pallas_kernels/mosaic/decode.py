@@ -13,9 +13,10 @@ multiprocessor fills its pauses as well, needs no merging in shared memory and n
 
 Table entries past a row's end are not followed: block 0 is read in their place, and masked. A pool may have any
 number of elements: a copy names its block and head by a number of their own, which the hardware multiplies out.
-Cost: keys and values once; for each item and kv head (H + 2) x g float32, written and read back. Compiled ahead of
-time for an H200 it takes 64 to 147 registers, 75 to 184 with 8-bit pools, and spills none. Up to 128 registers and
-113 KiB two programs share a multiprocessor, and one can wait for memory while the other computes.
+Cost: keys and values once; a copy of the queries where a group neither fits nor fills boxes of 8; for each item and
+kv head (H + 2) x g float32, written and read back. Compiled ahead of time for an H200 it takes 64 to 147 registers,
+75 to 184 with 8-bit pools, and spills none. Up to 128 registers and 113 KiB two programs share a multiprocessor,
+and one can wait for memory while the other computes.
 Source: FlashDecoding; FlashMLA's and Stream-K's even shares.
 """
 

@@ -14,7 +14,8 @@ which of them are its own.
 Why multiples of 8: queries go to shared memory in boxes of 8 rows, and the copy engine counts those boxes from the
 beginning of the step. What begins amid a box ends with it, and zeros follow, as an H200 showed.
 
-Cost: W x B and B x B comparisons in XLA, the same for every layer with the same window, so a step makes it once.
+Cost: up to 7 places of a row's first tile hold tokens of others. W x B and B x B comparisons in XLA, the same for
+every layer with the same window, so a step makes them once.
 Source: FlashAttention's longest-first order of tiles.
 """
 

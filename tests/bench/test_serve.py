@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bench.serve import ANSWER, ask, beside, drawn, model
+from bench.serve import ANSWER, ask, beside, drawn, floor_s, model
 from engine.llm import LLM
 
 
@@ -43,3 +43,17 @@ def test_a_shape_with_random_weights_answers_through_the_whole_engine():
 @pytest.mark.parametrize("name, layers", [("llama-8b", 32), ("qwen3-0.6b", 28)])
 def test_shapes_are_whole(name, layers):
     assert model(name).num_layers == len(model(name).windows) == layers
+
+
+def test_the_floor_is_weights_and_keys_over_the_bandwidth_of_the_device():
+    config = model("llama-8b")
+    facts = {
+        "device": "NVIDIA H200",
+        "dtype": "bfloat16",
+        "kv_bytes": 64 * 131072,
+        "num_blocks": 1,
+        "block_size": 64,
+    }
+    assert floor_s(config, facts, 0) * 4.8e12 == pytest.approx(15.0e9, rel=0.01)
+    assert floor_s(config, facts, 1000) - floor_s(config, facts, 0) == pytest.approx(1000 * 131072 / 4.8e12)
+    assert floor_s(config, facts | {"device": "another"}, 0) is None

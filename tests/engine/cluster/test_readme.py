@@ -1,4 +1,4 @@
-"""Every file that the page shows is one that can be launched over what it is shown for."""
+"""Every file that the pages show is one that can be launched over what it is shown for."""
 
 import re
 from pathlib import Path
@@ -10,16 +10,20 @@ from engine.cluster.ray import groups
 from engine.cluster.reading import parse
 from engine.cluster.topology import placed
 
-PAGE = Path(places.__file__).with_name("README.md").read_text()
-FILES = dict(re.findall(r"## ([^\n]+)\n+```toml\n(.*?)```", PAGE, re.DOTALL))
+FOLDER = Path(places.__file__).parent
+LINKED = re.findall(r"\]\((\w+\.md)\)", (FOLDER / "README.md").read_text())
+FILES = {}
+for name in LINKED:
+    FILES |= re.findall(r"# ([^\n]+)\n.*?```toml\n(.*?)```", (FOLDER / name).read_text(), re.DOTALL)
 
 
-def test_the_page_shows_a_file_for_everything_that_starts_processes():
+def test_a_page_shows_a_file_for_everything_that_starts_processes():
     assert list(FILES) == ["One machine with 8 GPUs", "Two machines over ssh", "Slurm", "Kubernetes", "Ray"]
+    assert sorted(LINKED) == sorted(path.name for path in FOLDER.glob("*.md") if path.name != "README.md")
 
 
 @pytest.mark.parametrize("title", FILES)
-def test_a_file_of_the_page_can_be_launched(title):
+def test_a_file_of_a_page_can_be_launched(title):
     text = FILES[title]
     made = parse(text, title)
     assert sum(len(each.devices) for each in placed(made)) == (8 if title.startswith("One") else 16)

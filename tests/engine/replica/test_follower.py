@@ -163,6 +163,7 @@ def test_a_lane_says_where_its_processes_are_to_one_of_another_cluster(make):
     move(holder, claimer, 12, [3, 9], [7, 2])
     for each in claimer.devices:
         until(lambda each=each: (each.kv[[7, 2]] == numbers[[3, 9]]).all())
+    assert holder.life._moves._others.keys() == {"d1.a"}
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8])
